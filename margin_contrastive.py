@@ -811,12 +811,12 @@ def draw_ablation(rows):
     """A Figure of the linear probes, less NT-Xent's of the same seed: a dot for each seed, a bar for the mean."""
     settings, reference = list(dict.fromkeys(row["setting"] for row in rows)), {}
     figure = Figure(figsize=(9, 1.2 + 0.25 * len(settings)), layout="constrained")
-    for axes, role, color in zip(figure.subplots(1, 2, sharey=True), ("seen", "unseen"), COLORS.values()):
+    for axes, role in zip(figure.subplots(1, 2, sharey=True), ("seen", "unseen")):
         for row in rows:
             first = reference.setdefault((role, row["seed"]), row[f"{role}_linear"])  # NT-Xent comes first
-            axes.plot(row[f"{role}_linear"] - first, settings.index(row["setting"]), "o", color=color, alpha=0.5)
+            axes.plot(row[f"{role}_linear"] - first, settings.index(row["setting"]), "ko", alpha=0.4)
         for row in summarise(rows):
-            axes.plot(row[f"{role}_linear_difference"], settings.index(row["setting"]), "k|", markersize=14)
+            axes.plot(row[f"{role}_linear_difference"], settings.index(row["setting"]), "k|", markersize=18)
         axes.axvline(0, color="grey", linewidth=0.8)
         axes.set(xlabel=f"linear probe, {role}: points above NT-Xent", yticks=range(len(settings)))
     axes.set(yticklabels=settings, ylim=(len(settings) - 0.5, -0.5))
@@ -871,7 +871,7 @@ def report(results):
         print(f"{row['dataset'] + ' (' + row['role'] + ')':20} {row['random_linear']:9.1f} {row['linear']:8.1f}   "
               f"{row['random_knn']:9.1f} {row['knn']:8.1f}")
     print("{epochs} epochs in {seconds:.1f} s, {images_per_second:,.0f} images/s\n"
-          "results.json, metrics.csv, curves.png and checkpoint.pt are in {folder}".format(folder=results["folder"], **results["train"]))
+          "results.json, metrics.csv, curves.png and checkpoint.pt are in {folder}".format(**results["train"] | results))
 
 
 def main(argv=None):

@@ -907,3 +907,38 @@ def test_out_of_gpu_memory_says_which_flag_to_lower(capsys, monkeypatch):
     monkeypatch.setattr(mc, "run", exhausted)
     status, out, err = main(capsys)
     assert status == 2 and "--batch-size" in err and err.count("\n") == 1
+
+
+# --------------------------------------------------------------------------------------------------- Notebook, README
+@pytest.fixture(scope="module")
+def notebook():
+    file = PROGRAM.with_name("tutorial.ipynb")
+    assert file.stat().st_size < 2 * 2**20
+    return json.loads(file.read_text())
+
+
+def stored_text(notebook):
+    return "".join("".join(output.get("text", [])) for cell in notebook["cells"] for output in cell.get("outputs", []))
+
+
+def test_the_stored_notebook_is_one_clean_run_of_this_code(notebook):
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    for cell in code:
+        source, kinds = "".join(cell["source"]), [output["output_type"] for output in cell["outputs"]]
+        assert "error" not in kinds and all(output.get("name") != "stderr" for output in cell["outputs"]), source
+        shown = sum("image/png" in output.get("data", {}) for output in cell["outputs"])
+        assert shown == len(re.findall(r"^show\(", source, re.M)), source
+        assert "stream" in kinds or not re.search(r"^(print|check|mc.print_table)\(", source, re.M), source
+    text = stored_text(notebook)
+    for function in (mc.margin_contrastive_loss, mc.log_gradient_factors, mc.scale_gradient, mc.textbook_margin_loss):
+        assert inspect.getsource(function) in text
+    assert not re.search(r"(?<![\w.])/(home|root|tmp|usr|content)/|Warning|Traceback", text)
+
+
+def test_the_readme_has_the_notebooks_table_and_pictures_that_exist(notebook):
+    readme, text = PROGRAM.with_name("README.md").read_text(), stored_text(notebook)
+    table = re.search(r"^setting +seeds.*?(?=^```)", readme, re.M | re.S).group()
+    assert table.count("\n") == 11 and table in text  # ten settings; both are what `--ablate --seeds 10` printed
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", readme):
+        assert PROGRAM.with_name(link).is_file(), link
