@@ -54,6 +54,10 @@ class UserError(Exception):
     """Something the user can mend, in one line that says what, where and what to do; the command line exits with 2."""
 
 
+class Diverged(UserError):
+    """A loss or a weight that is not finite."""
+
+
 @contextlib.contextmanager
 def mendable(errors, what, advice):
     """Turn the expected errors of a block into a UserError."""
@@ -586,7 +590,7 @@ def train_epoch(network, optimizer, images, epoch, config, live=False):
     """One pass over images (N, 3, H, W) uint8 on the network's device. Returns the epoch's row of metrics.csv, a dict.
 
     The randomness is seeded by (seed, epoch, process): to resume, weights and momenta are enough. Nothing waits for the
-    GPU before the epoch's end. UserError if a loss, or a weight at the end, is not finite."""
+    GPU before the epoch's end. Diverged if a loss, or a weight at the end, is not finite."""
     start, device, steps, measured = time.perf_counter(), images.device, len(images) // config.batch_size, []
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch))
     batches = order[:steps * config.batch_size].view(steps, -1)[:, RANK::WORLD].to(device)
@@ -613,8 +617,8 @@ def train_epoch(network, optimizer, images, epoch, config, live=False):
     measured = torch.stack(measured).cpu()
     finite = int(measured[:, 0].isfinite().sum())
     if finite < steps or not all(weight.isfinite().all() for weight in network.parameters()):
-        raise UserError(f"epoch {epoch + 1}, step {min(finite + 1, steps)}: a loss or weight is not finite; the last "
-                        "checkpoint is kept. Lower --lr, raise --temperature or bring the strengths nearer to 1")
+        raise Diverged(f"epoch {epoch + 1}, step {min(finite + 1, steps)}: a loss or weight is not finite; the last "
+                       "checkpoint is kept. Lower --lr, raise --temperature or bring the strengths nearer to 1")
     names = "loss", "angle_degrees", "E", "D", "A", "log_E", "log_D", "log_A", "past_crossover"
     seconds = time.perf_counter() - start
     return dict(epoch=epoch + 1, **dict(zip(names, measured.mean(0).tolist())), lr=lr, seconds=seconds,
@@ -703,11 +707,12 @@ def run(config, on_epoch=None, *, folder=None, verbose=True):
     probes = [dict(dataset=name, role=role, classes=int(train[1].max()) + 1, n_train=len(train[1]), n_test=len(test[1]),
                    **dict(zip(names, trained[name] + UNTRAINED[key][name]))) for name, role, train, test in sets]
     mean = {name: sum(row[name] for row in history) / len(history) for name in history[0]}
+    seconds, images = (sum(row["seconds"] * row.get(name, 1) for row in history) for name in ("", "images_per_second"))
     results = dict(
         schema=SCHEMA, config=asdict(config), data_hash=data_hash, probes=probes,
         versions={name: importlib.metadata.version(name) for name in ("torch", "torchvision", "matplotlib", "pillow")},
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        train=dict(seconds=mean["seconds"] * len(history), images_per_second=mean["images_per_second"],
+        train=dict(seconds=seconds, images_per_second=images / seconds,
                    peak_memory_mb=torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None,
                    epochs=len(history), **{f"mean_{f}": mean[f] for f in ("log_E", "log_D", "log_A", "E", "D", "A")}))
     write_file(folder / "curves.png", draw_curves(history))
@@ -723,7 +728,8 @@ OFF = dict.fromkeys(LETTERS.values(), 0.0)
 def sweeps(config):
     """{sweep: {setting: {knob: value}}}; the first setting of each is plain NT-Xent, the others' reference."""
     subsets = [subset for size in range(4) for subset in itertools.combinations(LETTERS, size)]
-    reference, dials = {"NT-Xent": OFF}, list(LETTERS.items())
+    plain = dict(positive_scale=1.0)
+    reference, dials = {"NT-Xent": OFF | plain}, list(LETTERS.items())
     return {
         "switches": {"+".join(on) or "NT-Xent": OFF | {LETTERS[letter]: 1.0 for letter in on} for on in subsets},
         "dials": reference | {f"{letter} x {s:g}": OFF | {name: s} for letter, name in dials
@@ -736,7 +742,7 @@ def sweeps(config):
                    | {f"m2 = {m2:g}": dict(margin=0.0, subtractive_margin=m2) for m2 in (0.1, 0.2, 0.4, 0.8)},
         "nt-xent": reference | {f"tau {tau:g}, lr {lr:g}": OFF | dict(temperature=tau, lr=lr) for tau in (0.1, 0.2, 0.5)
                                 for lr in (config.lr / 2, config.lr, config.lr * 2)},
-        "flags": reference | {"E+D+A": dict.fromkeys(OFF, 1.0), "these flags": {}}}
+        "flags": reference | {"E+D+A": dict.fromkeys(OFF, 1.0) | plain, "these flags": {}}}
 
 
 def matched_controls(rows, config):
@@ -748,15 +754,18 @@ def matched_controls(rows, config):
 
 
 def ablation_run(job):
-    """One run of an ablation, if it has not finished: (Config, folder) -> accuracies in percent and mean factors."""
-    config, folder = job
-    finished = folder / "results.json"
-    results = json.loads(finished.read_text()) if finished.exists() else run(config, folder=folder, verbose=False)
-    figures = {}
-    for role, kind in itertools.product(("seen", "unseen"), ("linear", "knn")):
-        values = [probe[kind] for probe in results["probes"] if probe["role"] == role]
-        figures[f"{role}_{kind}"] = sum(values) / len(values) if values else math.nan  # several unseen sets: their mean
-    return figures | {name: results["train"][f"mean_{name}"] for name in ("log_E", "log_D", "log_A", "E", "D", "A")}
+    """One run of an ablation, if it has not finished: (Config, folder) -> accuracies in percent and mean factors.
+
+    nan for the accuracies on unseen sets if there are none (if several: their mean), for everything if it diverges."""
+    (config, folder), probed = job, list(itertools.product(("seen", "unseen"), ("linear", "knn")))
+    finished, factors = folder / "results.json", ("log_E", "log_D", "log_A", "E", "D", "A")
+    try:
+        results = json.loads(finished.read_text()) if finished.exists() else run(config, folder=folder, verbose=False)
+    except Diverged:
+        return dict.fromkeys([*map("_".join, probed), *factors], math.nan)
+    values = [[row[kind] for row in results["probes"] if row["role"] == role] for role, kind in probed]
+    accuracies = {"_".join(name): sum(v) / len(v) if v else math.nan for name, v in zip(probed, values)}
+    return accuracies | {name: results["train"][f"mean_{name}"] for name in factors}
 
 
 def start_worker():
@@ -871,7 +880,8 @@ def report(results):
         print(f"{row['dataset'] + ' (' + row['role'] + ')':20} {row['random_linear']:9.1f} {row['linear']:8.1f}   "
               f"{row['random_knn']:9.1f} {row['knn']:8.1f}")
     print("{epochs} epochs in {seconds:.1f} s, {images_per_second:,.0f} images/s\n"
-          "results.json, metrics.csv, curves.png and checkpoint.pt are in {folder}".format(**results["train"] | results))
+          "results.json, metrics.csv, curves.png and checkpoint.pt are in {folder}".format(
+              **results["train"] | results))
 
 
 def main(argv=None):

@@ -762,6 +762,26 @@ def test_an_ablation_is_paired_and_goes_on_where_it_stopped(tmp_path):
     assert len(list(csv.DictReader(open(tmp_path / "still" / "table.csv")))) == 3
 
 
+def test_a_run_that_diverges_does_not_stop_its_sweep(tmp_path, capsys):
+    settings = {"NT-Xent": mc.OFF, "wild": dict(lr=1e3, weight_decay=1e3), "A": mc.OFF | dict(attenuation=1.0)}
+    rows = mc.ablate(settings, [0], replace(TINY, epochs=1), tmp_path, say=lambda *_: None)
+    assert list(rows[0]) == list(rows[1]) and [math.isnan(row["seen_linear"]) for row in rows] == [False, True, False]
+    assert all(math.isnan(value) for value in list(rows[1].values())[2:])
+    mc.print_table(rows)
+    assert re.search(r"^wild .* nan .*\nA +1 +[\d.]+ ", capsys.readouterr().out, re.M)
+
+
+def test_every_sweep_is_compared_with_plain_nt_xent_whatever_the_flags():
+    config = replace(TINY, positive_scale=0.5, emphasis=-1.0).resolve()
+    flags = mc.sweeps(config)["flags"]
+    E, D, A, scale = ([getattr(replace(config, **overrides), name) for overrides in flags.values()]
+                      for name in (*mc.OFF, "positive_scale"))
+    assert (E, D, A, scale) == ([0, 1, -1], [0, 1, 1], [0, 1, 1], [1, 1, 0.5])
+    for sweep, settings in mc.sweeps(config).items():
+        first = replace(config, **next(iter(settings.values())))
+        assert sweep == "switches" or first.positive_scale == 1 and not any(getattr(first, name) for name in mc.OFF)
+
+
 def test_the_summary_is_the_mean_and_its_error_paired_by_seed():
     rng = np.random.default_rng(0)
     rows = [dict(setting=name, seed=seed, seen_linear=rng.normal(), log_E=rng.normal())
