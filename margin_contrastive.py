@@ -17,7 +17,7 @@ factors is this project's reading of the paper's three effects; tutorial.ipynb d
     torchrun --nproc_per_node=2 margin_contrastive.py            one run on two processes, on GPUs if there are any
 
 Config, loss, augmentation, data, model, evaluation, training, ablation, command line: each part uses only what stands
-above it. The loss needs nothing but torch (and math): copy it.
+above it. The loss needs torch and the standard library alone: copy it.
 """
 import argparse
 import contextlib
@@ -41,6 +41,7 @@ from pathlib import Path
 import matplotlib
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # early, as torch.optim imports it, and what it finds of a process group it keeps alive
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
@@ -122,6 +123,7 @@ class Config:
         """A copy with the preset's values for None. ValueError, with the knob's name and value, if one is invalid."""
         preset = PRESETS.get(self.dataset, {}) | REGIMES.get(self.regime, {})
         config = replace(self, **{name: value for name, value in preset.items() if getattr(self, name) is None})
+        config = replace(config, probe_dataset=tuple(config.probe_dataset or ()))
         for name, value, rule in ((f.name, getattr(config, f.name), f.metadata) for f in fields(self)):
             if rule["choices"] and value not in rule["choices"]:
                 raise ValueError(f"{name} must be one of {', '.join(rule['choices'])}, not {value!r}")
@@ -153,6 +155,24 @@ def check_loss_arguments(*, temperature, margin, subtractive_margin=0.0, emphasi
             raise ValueError(f"{name} must be {needed}, not {value!r}")
 
 
+@contextlib.contextmanager
+def full_precision(device_type):
+    """No autocast and no TF32 in its block: exp(cosine / temperature) magnifies rounding."""
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # since torch 2.9
+        switches, name, exact = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul), "fp32_precision", "ieee"
+    else:
+        switches, name, exact = (torch.backends.cuda.matmul,), "allow_tf32", False
+    before = [getattr(switch, name) for switch in switches]
+    try:
+        for switch in switches:
+            setattr(switch, name, exact)
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        for switch, value in zip(switches, before):
+            setattr(switch, name, value)
+
+
 def pair_terms(z1, z2, *, temperature):
     """The two numbers a contrastive loss needs of each anchor: its positive's cosine, its negatives' log-sum-exp.
 
@@ -163,21 +183,16 @@ def pair_terms(z1, z2, *, temperature):
     if z1.shape != z2.shape or z1.ndim != 2 or len(z1) < 2:
         raise ValueError(f"z1 and z2 must both be (N, D) with N >= 2, not {tuple(z1.shape)} and {tuple(z2.shape)}")
     check_loss_arguments(temperature=temperature, margin=0)
-    n, precision = len(z1), torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # exp(cos / tau) magnifies rounding: no TF32 here, and no autocast
-    try:
-        with torch.autocast(z1.device.type, enabled=False):
-            z = torch.cat([z1, z2])
-            z = z if z.dtype == torch.float64 else z.float()
-            length = z.norm(dim=1, keepdim=True)
-            z = z / length.masked_fill(length < 1e-12, torch.inf)
-            cos_positive = (z[:n] * z[n:]).sum(1).repeat(2)
-            logits = (z / temperature) @ z.T
-            for offset in (-n, 0, n):  # itself and its positive are no negatives; exp(-inf) has no gradient
-                logits.detach().diagonal(offset).fill_(-torch.inf)
-            return cos_positive, logits.logsumexp(1)
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    with full_precision(z1.device.type):
+        n, z = len(z1), torch.cat([z1, z2])
+        z = z if z.dtype == torch.float64 else z.float()
+        length = z.norm(dim=1, keepdim=True)
+        z = z / length.masked_fill(length < 1e-12, torch.inf)
+        cos_positive = (z[:n] * z[n:]).sum(1).repeat(2)
+        logits = (z / temperature) @ z.T
+        for offset in (-n, 0, n):  # itself and its positive are no negatives; exp(-inf) has no gradient
+            logits.detach().diagonal(offset).fill_(-torch.inf)
+        return cos_positive, logits.logsumexp(1)
 
 
 @torch.no_grad()
@@ -576,14 +591,21 @@ def pick_device(name):
 def gather(z):
     """(n, D) embeddings of this process -> (WORLD * n, D) of all; only this process's own rows carry a gradient.
 
-    Every process computes the loss of the whole batch, all anchors in it, so the gradient of its own rows is complete;
-    times WORLD it comes through DistributedDataParallel's mean over the processes as it is."""
+    Every process computes the loss of the whole batch, all anchors in it: its own rows get their whole gradient."""
     if WORLD == 1:
         return z
     parts = [torch.empty_like(z) for _ in range(WORLD)]
     dist.all_gather(parts, z.detach())
     parts[RANK] = z
     return torch.cat(parts)
+
+
+def backward(loss, network):
+    """loss.backward(), and the weights' gradients added up over the processes: each had only its own rows' share."""
+    loss.backward()
+    if WORLD > 1:
+        for weight in network.parameters():
+            dist.all_reduce(weight.grad)
 
 
 def train_epoch(network, optimizer, images, epoch, config, live=False):
@@ -607,7 +629,7 @@ def train_epoch(network, optimizer, images, epoch, config, live=False):
         z1, z2 = map(gather, z.chunk(2))
         loss, c, *log_factors = margin_contrastive_loss(z1, z2, **config.loss_arguments(), return_factors=True)
         optimizer.zero_grad()
-        (WORLD * loss).backward()
+        backward(loss, network)
         optimizer.step()
         angles, log_factors = c.clamp(-1, 1).acos(), torch.stack(log_factors)
         measured.append(torch.stack([loss.detach(), angles.rad2deg().mean(), *log_factors.exp().mean(1),
@@ -647,8 +669,9 @@ def run(config, on_epoch=None, *, folder=None, verbose=True):
     on_epoch(row, model), if given, is called after each epoch with its row of metrics.csv. folder: where to run, if not
     in a new folder under config.out; a run that has begun there, with these very settings, goes on. UserError for
     whatever a user can mend."""
-    config, device, say = config.resolve(), pick_device(config.device), print if verbose and RANK == 0 else id
+    config, device = config.resolve(), pick_device(config.device)
     config = replace(config, amp=device.type == "cuda" if config.amp is None else config.amp)
+    say = print if verbose and RANK == 0 else lambda *_: None
     torch.backends.cudnn.benchmark = True
     begun = read_checkpoint(folder) if folder and Path(folder, "checkpoint.pt").exists() else None
     for name, value in asdict(begun["config"]).items() if begun else ():
@@ -672,7 +695,6 @@ def run(config, on_epoch=None, *, folder=None, verbose=True):
         model.load_state_dict(begun["model"])
         optimizer.load_state_dict(begun["optimizer"])
     network = torch.compile(model) if config.compile else model
-    network = nn.parallel.DistributedDataParallel(network) if WORLD > 1 else network
     folder = Path(folder) if folder else make_folder(config) if RANK == 0 else None
 
     def save():
@@ -889,8 +911,10 @@ def main(argv=None):
     given = vars(parser.parse_args(argv))
     folder, sweep, count = given.pop("resume", None), given.pop("ablate", None), given.pop("seeds", 3)
     try:
-        if count < 1 or (folder and sweep):
-            raise ValueError("a sweep goes on without --resume" if folder else f"seeds must be at least 1, not {count}")
+        if count < 1:
+            raise ValueError(f"seeds must be at least 1, not {count}")
+        if sweep and (folder or WORLD > 1):
+            raise ValueError("a sweep goes on by itself, without --resume, and needs no torchrun")
         config = replace(read_checkpoint(folder)["config"] if folder else Config(), **given).resolve()
         if sweep is None and not (config.margin or config.subtractive_margin):
             print("warning: both margins are 0, so the switches have no effect: this is NT-Xent", file=sys.stderr)

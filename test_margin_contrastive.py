@@ -1,5 +1,6 @@
 """Each claim of margin_contrastive.py against something independent: autograd through the textbook formula, a slow
 numpy loop, torchvision's functional operations, a brute-force search. No network, no GPU; run by `python -m pytest`."""
+import contextlib
 import csv
 import importlib.util
 import inspect
@@ -212,22 +213,38 @@ def test_half_precision_embeddings_under_autocast(dtype):
     assert relative_error([g.double() for g in result], reference) < torch.finfo(dtype).eps
 
 
-def test_the_similarity_matrix_is_multiplied_in_full_precision():
-    seen = []
+def test_the_similarity_matrix_is_multiplied_in_full_precision(tmp_path):
+    """Whichever way TF32 was switched on; in processes of their own, as torch cannot forget that it was."""
+    script = tmp_path / "precision.py"
+    script.write_text(f"""
+import sys; sys.path.insert(0, {str(PROGRAM.parent)!r})
+import torch, margin_contrastive as mc
+cuda, new = torch.backends.cuda.matmul, hasattr(torch.backends.cuda.matmul, "fp32_precision")
 
-    class Spy(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            if function in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__):
-                seen.append((torch.get_float32_matmul_precision(), args[0].dtype, torch.is_autocast_enabled("cpu")))
-            return function(*args, **(kwargs or {}))
+def precisions():
+    return [cuda.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision] if new else [cuda.allow_tf32]
 
-    torch.set_float32_matmul_precision("medium")
-    try:
-        with Spy(), torch.autocast("cpu", torch.bfloat16):
-            mc.pair_terms(*pairs(4, 3, dtype=torch.float32), temperature=0.2)
-        assert seen == [("highest", torch.float32, False)] and torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision("highest")
+class Spy(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__):
+            seen.append((precisions(), args[0].dtype, torch.is_autocast_enabled("cpu")))
+        return function(*args, **(kwargs or {{}}))
+
+seen = []
+exec(sys.argv[1])
+before = precisions()
+assert before != (["ieee", "ieee"] if new else [False])
+with Spy(), torch.autocast("cpu", torch.bfloat16):
+    mc.pair_terms(torch.randn(4, 3), torch.randn(4, 3), temperature=0.2)
+assert seen == [(["ieee", "ieee"] if new else [False], torch.float32, False)], seen
+assert precisions() == before
+""")
+    switches = ['torch.set_float32_matmul_precision("medium")', "torch.backends.cuda.matmul.allow_tf32 = True"]
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        switches += ['torch.backends.fp32_precision = "tf32"', 'torch.backends.cuda.matmul.fp32_precision = "tf32"']
+    for switch in switches:
+        process = subprocess.run([sys.executable, script, switch], capture_output=True, text=True)
+        assert process.returncode == 0, (switch, process.stderr)
 
 
 @pytest.mark.parametrize("name, value", [
@@ -250,7 +267,7 @@ def test_invalid_shapes_are_named(first, second):
 def test_the_loss_can_be_copied_into_a_file_with_torch_alone():
     source = PROGRAM.read_text()
     section = source[source.index("def check_loss_arguments"):source.index("def crop_and_flip")]
-    alone = dict(math=math, torch=torch, F=F)
+    alone = dict(contextlib=contextlib, math=math, torch=torch, F=F)
     exec(section, alone)
     z = pairs(5, 4)
     assert alone["margin_contrastive_loss"](*z).item() == mc.margin_contrastive_loss(*z).item()
@@ -809,19 +826,22 @@ def test_the_gradient_of_two_processes_is_that_of_one(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(f"""
 import sys; sys.path.insert(0, {str(PROGRAM.parent)!r})
-import torch, torch.distributed as dist, margin_contrastive as mc
+import weakref, torch, torch.distributed as dist, margin_contrastive as mc
 dist.init_process_group("gloo")
+group = weakref.ref(dist.group.WORLD)
 torch.manual_seed(0)
 x1, x2, layer = torch.randn(8, 5), torch.randn(8, 5), torch.nn.Linear(5, 4)
-network = torch.nn.parallel.DistributedDataParallel(layer)
-z1, z2 = network(torch.cat([x1[mc.RANK::2], x2[mc.RANK::2]])).chunk(2)
-(mc.WORLD * mc.margin_contrastive_loss(mc.gather(z1), mc.gather(z2), margin=0.3, attenuation=0.5)).backward()
+z1, z2 = layer(torch.cat([x1[mc.RANK::2], x2[mc.RANK::2]])).chunk(2)
+mc.backward(mc.margin_contrastive_loss(mc.gather(z1), mc.gather(z2), margin=0.3, attenuation=0.5), layer)
 two = layer.weight.grad.clone()
+torch.optim.SGD(layer.parameters())
 one, = torch.autograd.grad(mc.margin_contrastive_loss(layer(x1), layer(x2), margin=0.3, attenuation=0.5), layer.weight)
 open({str(tmp_path)!r} + f"/error{{mc.RANK}}", "w").write(str(((one - two).norm() / one.norm()).item()))
 dist.destroy_process_group()
+assert group() is None  # kept, its threads abort some runs while Python shuts down
 """)
-    subprocess.run([*TORCHRUN, script], capture_output=True, check=True, env=QUIET)
+    process = subprocess.run([*TORCHRUN, script], capture_output=True, text=True, env=QUIET)
+    assert process.returncode == 0, process.stderr
     assert max(float((tmp_path / f"error{rank}").read_text()) for rank in (0, 1)) < 1e-6
 
 
