@@ -5,9 +5,9 @@ A contrastive loss pulls the two views of an image together (the positive pair) 
 makes the positive look worse than it is, by an angle m or a cosine m2. Rho et al. (arXiv:2306.11526, abstract of v1)
 found that it scales the gradient in three ways. Here they are exact factors, each with a switch, or dial, of its own:
 
-    E  emphasis     >= 1  pulls the positive harder, at angles below (pi - m) / 2             --no-emphasis
-    D  de-emphasis  <= 1  pulls it more softly beyond that angle, and not at all past pi - m  --no-deemphasis
-    A  attenuation  >= 1  slows the fading of an anchor's gradient as it gets its pair right  --no-attenuation
+    E  emphasis     >= 1  pulls the positive harder, while the pair's angle is below (pi - m) / 2  --no-emphasis
+    D  de-emphasis  <= 1  pulls it more softly beyond that angle, and not at all past pi - m       --no-deemphasis
+    A  attenuation  >= 1  keeps an anchor's gradient from fading as it gets its pair right         --no-attenuation
 
 All on: the gradient of the margin loss. All off: that of plain NT-Xent, SimCLR's loss. The split into exactly these
 factors is this project's reading of the paper's three effects; tutorial.ipynb derives it line by line.
@@ -16,12 +16,13 @@ factors is this project's reading of the paper's three effects; tutorial.ipynb d
     python margin_contrastive.py --ablate                        the 2^3 switch settings and two controls, seeds paired
     torchrun --nproc_per_node=2 margin_contrastive.py            one run on two processes, on GPUs if there are any
 
-Config, loss, augmentation, data, model, evaluation, training, ablation, command line: each part uses only what stands
-above it. The loss needs torch and the standard library alone: copy it.
+Config, loss, augmentation, data, model, evaluation, training, ablation, command line: each part uses what stands above
+it (only Config's check of the loss's arguments looks ahead). The loss needs nothing but torch: copy it.
 """
 import argparse
 import contextlib
 import csv
+import datetime
 import functools
 import hashlib
 import importlib.metadata
@@ -39,16 +40,19 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # early, as torch.optim imports it, and what it finds of a process group it keeps alive
+import torch.distributed.nn  # here, as a later import (by torch.optim) would keep the process group alive past its end
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 SCHEMA = 1  # of checkpoint.pt and results.json
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+# torchrun sets them: which of all the processes this is, which of this machine's, and how many there are
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (
+    ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 
 
 class UserError(Exception):
@@ -60,13 +64,13 @@ class Diverged(UserError):
 
 
 @contextlib.contextmanager
-def mendable(errors, what, advice):
-    """Turn the expected errors of a block into a UserError."""
+def as_user_error(errors, what, advice):
+    """Turn the expected errors of a block into a UserError: what went wrong (the error's own words); what to do."""
     try:
         yield
     except errors as error:
-        reason = [*str(getattr(error, "strerror", None) or error).splitlines(), type(error).__name__][0]
-        raise UserError(f"{what} ({reason}); {advice}") from None
+        reason = str(getattr(error, "strerror", None) or error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{what} ({reason}); {advice}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------- Config
@@ -82,6 +86,7 @@ REGIMES = {"standard": {}, "all-active": dict(batch_size=32, temperature=0.1, ma
 
 
 def knob(default, text, *, choices=None, within=(-math.inf, math.inf)):
+    """A field of Config: its default, its help text, the values or the closed interval it must lie in."""
     return field(default=default, metadata=dict(help=text, choices=choices, within=within))
 
 
@@ -90,7 +95,8 @@ class Config:
     """Every knob of a run, with its help text; the command line is made from it. None: the preset decides."""
     dataset: str = knob("glyphs", "images to pretrain on", choices=tuple(PRESETS))
     data_dir: str = knob("data", "where downloads go; for folder: DIR with DIR/train/CLASS/* and DIR/test/CLASS/*")
-    probe_dataset: tuple = knob(None, "unseen set to probe on: digits, a torchvision set or folder:DIR; repeatable")
+    probe_dataset: tuple = knob(None, "unseen set to probe on: digits, a torchvision set or folder:DIR; repeatable "
+                                      "(default: digits for glyphs, each CIFAR set for the other)")
     validation: bool = knob(False, "probe on a fifth of the training images, held out; leave the test images alone")
     max_images: int = knob(0, "use at most this many images of each split, drawn at random (0: all)", within=(0, 1e12))
     image_size: int = knob(32, "images of another size are resized to this many pixels a side, once", within=(8, 1024))
@@ -104,15 +110,15 @@ class Config:
     margin: float = knob(None, "angular margin m on the positive pair, in radians, in [0, pi)")
     subtractive_margin: float = knob(0.0, "margin m2 taken off the positive's cosine")
     temperature: float = knob(None, "temperature tau of the softmax")
-    emphasis: float = knob(1.0, "strength of E: 1 as the margin has it, 0 off, 2 doubled in log scale, -1 reversed")
-    deemphasis: float = knob(1.0, "strength of D")
-    attenuation: float = knob(1.0, "strength of A")
+    emphasis: float = knob(1.0, "strength of E, its exponent: 1 as the margin has it, 0 off, 2 squared, -1 inverted")
+    deemphasis: float = knob(1.0, "strength of D, likewise")
+    attenuation: float = knob(1.0, "strength of A, likewise")
     positive_scale: float = knob(1.0, "scale the positive's pull by a constant: the control for E and D")
     epochs: int = knob(None, "passes over the training images", within=(1, 1e6))
     batch_size: int = knob(None, "images a step, over all processes together; each gives two views", within=(2, 1e6))
     lr: float = knob(None, "peak learning rate for a batch of 256; it scales with the batch size", within=(0, 1e3))
     weight_decay: float = knob(5e-4, "weight decay of SGD (momentum 0.9)", within=(0, 1e3))
-    warmup: float = knob(0.1, "share of the run in which the learning rate rises; then it falls", within=(0, 1))
+    warmup: float = knob(0.1, "share of the run in which the learning rate rises; a cosine ends it", within=(0, 1))
     seed: int = knob(0, "seed of weights, batches and views; with --ablate the first of the --seeds", within=(0, 2**31))
     device: str = knob("auto", "auto (cuda, else mps, else cpu) or a device's name")
     amp: bool = knob(None, "bfloat16 autocast of the network (default: on CUDA)")
@@ -135,6 +141,7 @@ class Config:
         return config
 
     def loss_arguments(self):
+        """The knobs that margin_contrastive_loss takes."""
         return {name: getattr(self, name) for name in ("temperature", "margin", "subtractive_margin", "emphasis",
                                                        "deemphasis", "attenuation", "positive_scale")}
 
@@ -144,12 +151,12 @@ def check_loss_arguments(*, temperature, margin, subtractive_margin=0.0, emphasi
                          positive_scale=1.0):
     """Raise ValueError, with the argument's name and value, for settings the mathematics below has no answer to."""
     for name, value, valid, needed in (
-            ("temperature", temperature, 0 < temperature < math.inf, "positive and finite"),
+            ("temperature", temperature, 1e-6 <= temperature < math.inf, "positive, 1e-6 or more, and finite"),
             ("margin", margin, 0 <= margin < math.pi, "in [0, pi) radians"),
             ("subtractive_margin", subtractive_margin, 0 <= subtractive_margin < math.inf, "finite and not negative"),
-            ("emphasis", emphasis, math.isfinite(emphasis), "finite"),
-            ("deemphasis", deemphasis, math.isfinite(deemphasis), "finite"),
-            ("attenuation", attenuation, math.isfinite(attenuation), "finite"),
+            ("emphasis", emphasis, abs(emphasis) <= 1e6, "finite, 1e6 at most"),
+            ("deemphasis", deemphasis, abs(deemphasis) <= 1e6, "finite, 1e6 at most"),
+            ("attenuation", attenuation, abs(attenuation) <= 1e6, "finite, 1e6 at most"),
             ("positive_scale", positive_scale, 0 < positive_scale < math.inf, "positive and finite")):
         if not valid:
             raise ValueError(f"{name} must be {needed}, not {value!r}")
@@ -157,7 +164,7 @@ def check_loss_arguments(*, temperature, margin, subtractive_margin=0.0, emphasi
 
 @contextlib.contextmanager
 def full_precision(device_type):
-    """No autocast and no TF32 in its block: exp(cosine / temperature) magnifies rounding."""
+    """No autocast, and no TF32 in the products of its block: exp(cosine / temperature) magnifies rounding."""
     if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # since torch 2.9
         switches, name, exact = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul), "fp32_precision", "ieee"
     else:
@@ -189,9 +196,8 @@ def pair_terms(z1, z2, *, temperature):
         length = z.norm(dim=1, keepdim=True)
         z = z / length.masked_fill(length < 1e-12, torch.inf)
         cos_positive = (z[:n] * z[n:]).sum(1).repeat(2)
-        logits = (z / temperature) @ z.T
-        for offset in (-n, 0, n):  # itself and its positive are no negatives; exp(-inf) has no gradient
-            logits.detach().diagonal(offset).fill_(-torch.inf)
+        same_image = torch.eye(n, dtype=torch.bool, device=z.device).repeat(2, 2)  # itself and its positive
+        logits = ((z / temperature) @ z.T).masked_fill_(same_image, -torch.inf)
         return cos_positive, logits.logsumexp(1)
 
 
@@ -203,7 +209,8 @@ def log_gradient_factors(cos_positive, u, *, temperature, margin, subtractive_ma
         g = sin(theta + m) / sin(theta)      E = max(g, 1)     D = min(g, 1)      E * D scales the positive's pull
         delta = (cos(theta) - cos(min(theta + m, pi)) + subtractive_margin) / temperature, which the margin adds to u
         A = sigmoid(u + delta) / sigmoid(u)                                       A scales all of the anchor's gradient
-    E acts below theta = (pi - m) / 2, D above; past pi - m nothing pulls: D is 0, for which log_D = -40 stands."""
+    E acts below theta = (pi - m) / 2, D above; past pi - m nothing pulls: D is 0, for which log_D = -40 stands.
+    (So a strength b of D gives e^(-40 b) there: 0 to rounding for b = 1, and a pull like an explosion for b = -1.)"""
     c = cos_positive
     sin = ((1 - c) * (1 + c)).clamp_min(torch.finfo(c.dtype).eps).sqrt()
     g = math.cos(margin) + math.sin(margin) * c / sin
@@ -213,7 +220,7 @@ def log_gradient_factors(cos_positive, u, *, temperature, margin, subtractive_ma
 
 
 def scale_gradient(x, log_scale):
-    """x, to the last bit, with a gradient multiplied by exp(log_scale), a constant held within e^-40 and e^40."""
+    """x, to the last bit, with its gradient multiplied by exp(log_scale), a constant that is held in e^-40 to e^40."""
     return x.detach() + log_scale.detach().clamp(-40, 40).exp() * (x - x.detach())
 
 
@@ -222,8 +229,8 @@ def margin_contrastive_loss(z1, z2, *, temperature=0.2, margin=0.2, subtractive_
     """NT-Xent whose gradient is scaled the way a margin scales it, with each of the three effects on its own dial.
 
     z1, z2: (N, D) embeddings of the two views, any floating dtype, normalised here. margin in radians (ArcFace's),
-    subtractive_margin in cosine (CosFace's). Strengths: 1 as the margin has it, 0 off, 2 doubled in log scale, -1
-    reversed. positive_scale * E**emphasis * D**deemphasis scales the positive's pull, A**attenuation the whole anchor.
+    subtractive_margin in cosine (CosFace's). The strengths are exponents, 1 as the margin has it, 0 off: the positive's
+    pull is scaled by positive_scale * E**emphasis * D**deemphasis, all that the anchor does by A**attenuation.
     Returns a scalar whose *value* is plain NT-Xent's whatever the settings: the margin is in the gradient alone, so the
     value is not what is minimised. With return_factors: (loss, cos_positive, log_E, log_D, log_A), the last four (2N,)
     and detached, for logging. ValueError for invalid shapes and settings. Do not differentiate twice: the factors are
@@ -242,7 +249,8 @@ def margin_contrastive_loss(z1, z2, *, temperature=0.2, margin=0.2, subtractive_
 def textbook_margin_loss(z1, z2, *, temperature, margin, subtractive_margin=0.0):
     """The ordinary way: the margin inside the positive's logit, then cross-entropy, and autograd for the gradient.
 
-    z1, z2: (N, D); margin in radians. Returns a scalar. It shares nothing with the code above: one proves the other."""
+    z1, z2: (N, D), N >= 2, float32 or float64; margin in radians. Returns a scalar. It shares nothing with the code
+    above; a test finds the gradients of both equal."""
     n, z = len(z1), F.normalize(torch.cat([z1, z2]), dim=1)
     partner = z.roll(n, 0)
     # the angle from its chords: arccos of the cosine loses its digits, and its gradient's, near 0 and pi
@@ -267,7 +275,7 @@ def crop_and_flip(images, boxes, flips):
     y, x = sampling_points(top, box_height, height), sampling_points(left, box_width, width)
     x = torch.where(flips[:, None], x.flip(1), x)
     grid = torch.stack([x[:, None, :].expand(n, height, width), y[:, :, None].expand(n, height, width)], dim=3)
-    return F.grid_sample(images, grid, align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 def jitter_colors(images, brightness, contrast, saturation, hue, gray):
@@ -278,11 +286,12 @@ def jitter_colors(images, brightness, contrast, saturation, hue, gray):
     saturation and grey are torchvision's. Unlike there, the order is fixed, as listed, clamping comes once, at the end,
     and hue turns the RGB cube about its grey axis (the same for thirds of a turn) instead of going through HSV."""
     channel = torch.arange(3, device=images.device)
-    luma = torch.stack([torch.full((), weight, device=images.device) for weight in (0.2989, 0.587, 0.114)])
+    luma = torch.cat([torch.full((1,), share, device=images.device) for share in (0.2989, 0.587, 0.114)])  # no waiting
     saturate = luma + saturation[:, None, None] * (torch.eye(3, device=images.device) - luma)
     turns = hue[:, None, None] - (channel[:, None] - channel) / 3
-    matrix = (1 + 2 * torch.cos(2 * math.pi * turns)) / 3 @ saturate
-    matrix = (brightness * contrast)[:, None, None] * torch.where(gray[:, None, None], luma, matrix)
+    matrix = (1 + 2 * torch.cos(2 * math.pi * turns)) / 3 @ saturate  # a rotation about (1, 1, 1), after saturate
+    matrix = torch.where(gray[:, None, None], (luma @ matrix)[:, None], matrix)
+    matrix = (brightness * contrast)[:, None, None] * matrix
     offset = (1 - contrast) * brightness * (images.mean((2, 3)) @ luma)  # contrast blends with the image's mean grey
     return torch.baddbmm(offset[:, None, None], matrix, images.flatten(2)).clamp(0, 1).view_as(images)
 
@@ -292,7 +301,8 @@ def augment(images, *, crop_scale=(0.2, 1.0), color_strength=0.5, gray_prob=0.1,
 
     images: (N, 3, H, W) float in [0, 1]; returns the same. Random resized crop with an area in crop_scale (1: the whole
     image) and an aspect ratio of 3/4 to 4/3, log-uniform: where torchvision tries up to ten boxes until one fits, ten
-    are drawn and the first that fits is taken. Mirrored half of the time if flip. Colour jitter with probability 0.8,
+    are drawn and the first that fits is taken, or else all of the image. Mirrored half of the time if flip. Colour
+    jitter with probability 0.8,
     for strength s <= 1.25: brightness, contrast, saturation within 1 +- 0.8 s, hue +- 0.2 s. Grey with gray_prob."""
     n, _, height, width = images.shape
 
@@ -301,12 +311,14 @@ def augment(images, *, crop_scale=(0.2, 1.0), color_strength=0.5, gray_prob=0.1,
 
     area, ratio = height * width * uniform(*crop_scale, 10), uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()
     heights, widths = (area / ratio).sqrt(), (area * ratio).sqrt()
-    chosen = ((heights <= height) & (widths <= width)).int().argmax(1, keepdim=True)
-    h, w = heights.gather(1, chosen)[:, 0].clamp(max=height), widths.gather(1, chosen)[:, 0].clamp(max=width)
+    fits = (heights <= height) & (widths <= width)
+    first = fits.int().argmax(1, keepdim=True)
+    h, w = (torch.where(fits.any(1), sides.gather(1, first)[:, 0], whole)
+            for sides, whole in ((heights, float(height)), (widths, float(width))))
     boxes = torch.stack([uniform(0, 1) * (height - h), uniform(0, 1) * (width - w), h, w], dim=1)
     strength = color_strength * (uniform(0, 1) < 0.8)
     brightness, contrast, saturation = (1 + 0.8 * strength * uniform(-1, 1) for _ in range(3))
-    views = crop_and_flip(images, boxes, uniform(0, 1) < 0.5 * flip)
+    views = crop_and_flip(images, boxes, (uniform(0, 1) < 0.5) & flip)
     hue, gray = 0.2 * strength * uniform(-1, 1), uniform(0, 1) < gray_prob
     return jitter_colors(views, brightness, contrast, saturation, hue, gray)
 
@@ -336,14 +348,15 @@ def glyphs(characters, count, seed, size=32):
     for (i, font), (j, character) in itertools.product(enumerate(FONTS), enumerate(characters)):
         drawing, font = Image.new("L", (48, 48)), ImageFont.truetype(folder / f"{font}.ttf", 32)
         ImageDraw.Draw(drawing).text((24, 24), character, fill=255, font=font, anchor="mm")
-        stencils[i, j, 0] = torch.frombuffer(bytearray(drawing.tobytes()), dtype=torch.uint8).view(48, 48) / 255
+        stencils[i, j, 0] = torch.from_numpy(np.array(drawing)) / 255
 
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(count, *shape, generator=generator)
 
     labels = torch.arange(count) % len(characters)
     fonts = torch.randint(len(FONTS), (count,), generator=generator)
-    zoom, angle, shift = 32 / 48 * 32 / uniform(22, 32, 1, 1), uniform(-15, 15).deg2rad(), uniform(-0.12, 0.12, 2, 1)
+    zoom = 32 / 48 * 32 / uniform(22, 32, 1, 1)  # a picture shows 32 of the stencil's 48 pixels, if drawn at size 32
+    angle, shift = uniform(-15, 15).deg2rad(), uniform(-0.12, 0.12, 2, 1)
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(count, 2, 2)
     grid = F.affine_grid(torch.cat([zoom * rotation, shift], dim=2), (count, 1, size, size), align_corners=False)
     ink = F.grid_sample(stencils[fonts, labels], grid, align_corners=False)
@@ -367,7 +380,7 @@ def as_uint8_images(images, size):
 def read_folder(folder, split, size):
     """Images (N, 3, size, size) uint8 and labels (N,) int64 of folder/split/CLASS/*.png, *.jpg; classes by name."""
     from torchvision.datasets import ImageFolder  # here, as torchvision takes two seconds that glyphs do not need
-    with mendable(OSError, folder, f"wanted are {folder}/train/CLASS/*.png or *.jpg and {folder}/test/CLASS/*; "
+    with as_user_error(OSError, folder, f"wanted are {folder}/train/CLASS/*.png or *.jpg and {folder}/test/CLASS/*; "
                                    "--dataset glyphs needs no files"):
         train, test = (ImageFolder(Path(folder, part)) for part in ("train", "test"))
     if train.classes != test.classes:
@@ -376,10 +389,9 @@ def read_folder(folder, split, size):
     listing = train if split == "train" else test
 
     def read(path):
-        with mendable((OSError, SyntaxError, ValueError), f"{path}: not a readable image", "mend or remove it"):
-            image = Image.open(path).convert("RGB")
-        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        return as_uint8_images(pixels.view(1, image.height, image.width, 3), size)
+        with as_user_error((OSError, SyntaxError, ValueError), f"{path}: not a readable image", "mend or remove it"):
+            pixels = np.array(Image.open(path).convert("RGB"))
+        return as_uint8_images(torch.from_numpy(pixels).permute(2, 0, 1)[None], size)
 
     with ThreadPoolExecutor() as pool:
         return torch.cat(list(pool.map(read, (path for path, _ in listing.samples)))), torch.tensor(listing.targets)
@@ -393,10 +405,10 @@ def load_dataset(name, split, config):
         characters, splits = GLYPHS[name]
         images, labels = glyphs(characters, *splits.get(split, splits["train"]), config.image_size)
     elif name in TORCHVISION:
-        import torchvision.datasets
         class_name, splits = TORCHVISION[name]
-        with mendable((OSError, RuntimeError, ImportError), f"{name}: not read from {config.data_dir}, nor downloaded",
-                      "mend that, or take --dataset glyphs, which needs no download"):
+        with as_user_error((OSError, RuntimeError, ImportError), f"{name}: not read from {config.data_dir}, nor "
+                           "downloaded", "mend that, or take --dataset glyphs, which needs no download"):
+            import torchvision.datasets
             dataset = getattr(torchvision.datasets, class_name)(
                 config.data_dir, download=True, **splits.get(split, splits["train"]))
         images = as_uint8_images(dataset.data, config.image_size)
@@ -415,10 +427,11 @@ def load_dataset(name, split, config):
 def load_data(config):
     """All that a run looks at: (pretraining images, probe sets, hash). A probe set is (name, role, train, test).
 
-    train and test are (images, labels); the first set is the seen one. With config.validation nothing is read of the
-    test splits: a fifth of the training images takes their place, kept out of pretraining and of the probe's fit."""
-    if RANK > 0:
-        dist.barrier()  # until the first process has downloaded
+    train and test are (images, labels); the first set is the seen one. The hash is of every pixel and label: a run goes
+    on only with the images it began with. With config.validation no test image is read: a fifth of the training images
+    takes their place, kept out of pretraining and of the probe's fit. UserError if a set cannot be had."""
+    if LOCAL_RANK > 0:
+        dist.barrier()  # until the first process of this machine has downloaded
     sets, digest = [], hashlib.sha256()
     for name in (config.dataset, *config.probe_dataset):
         images, labels = train = load_dataset(name, "train", config)
@@ -431,7 +444,7 @@ def load_data(config):
     pretrain = load_dataset(config.dataset, "pretrain", config)[0] if config.dataset == "stl10" else sets[0][2][0]
     for tensor in (pretrain, *(tensor for _, _, train, test in sets for tensor in (*train, *test))):
         digest.update(tensor.numpy())
-    if RANK == 0 and WORLD > 1:
+    if LOCAL_RANK == 0 and WORLD > 1:
         dist.barrier()
     if config.batch_size > len(pretrain):
         raise UserError(f"a batch of {config.batch_size} is more than the {len(pretrain)} images; lower --batch-size")
@@ -513,17 +526,18 @@ def knn(h_train, y_train, h_test, y_test, *, k=10):
 
 
 def probe(model, sets):
-    """{name: (linear, kNN)} accuracies in percent of the model's frozen features on each probe set of load_data."""
-    accuracies = {}
-    for name, _, (x_train, y_train), (x_test, y_test) in sets:
+    """[(linear, kNN)] accuracies in percent of the model's frozen features, for each probe set of load_data."""
+    accuracies = []
+    for _, _, (x_train, y_train), (x_test, y_test) in sets:
         h_train, h_test = extract_features(model, x_train), extract_features(model, x_test)
         data = h_train, y_train.to(h_train.device), h_test, y_test.to(h_test.device)
-        accuracies[name] = linear_probe(*data), knn(*data)
+        accuracies.append((linear_probe(*data), knn(*data)))
     return accuracies
 
 
 # ----------------------------------------------------------------------------------------------------------- Training
-UNTRAINED = {}  # {(encoder, seed, data hash): probe of the untrained encoder}, shared by the settings of an ablation
+FACTORS = "E", "D", "A", "log_E", "log_D", "log_A"
+UNTRAINED = {}  # {(encoder, seed, data hash): probe of the untrained encoder}, which a process works out once
 
 
 def write_file(path, content):
@@ -539,7 +553,7 @@ def write_file(path, content):
         content.savefig(picture := io.BytesIO(), format="png", dpi=150)
         content = picture.getvalue()
     partial = path.with_name(path.name + ".partial")
-    with mendable(OSError, f"cannot write {path}", f"what it held is unchanged; mend that and --resume {path.parent}"):
+    with as_user_error(OSError, f"cannot write {path}", "what it held is unchanged; mend that and go on (--resume)"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             partial.write_bytes(content)
@@ -549,41 +563,46 @@ def write_file(path, content):
 
 
 def read_checkpoint(folder):
-    """The checkpoint of a run folder, its Config restored. weights_only: whatever is in the file, none is executed."""
+    """The checkpoint of a run folder, a dict with its Config and Model restored. UserError if it cannot be read.
+
+    weights_only: whatever is in the file, none of it is executed."""
     path = Path(folder, "checkpoint.pt")
     if not path.is_file():
         raise UserError(f"there is no {path}; --resume takes the folder of a run that has begun")
-    with mendable(Exception, f"{path}: damaged, or no checkpoint", "start the run anew"):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    with mendable((TypeError, KeyError, ValueError), f"{path}: of another version of this program", "use that version"):
-        if checkpoint["schema"] != SCHEMA:
-            raise ValueError(f"schema {checkpoint['schema']}, not {SCHEMA}")
-        return checkpoint | {"config": Config(**checkpoint["config"]).resolve()}
+    with as_user_error(Exception, f"{path}: damaged, or no checkpoint", "start the run anew"):
+        state = dict(torch.load(path, map_location="cpu", weights_only=True))
+    with as_user_error((TypeError, LookupError, ValueError, RuntimeError),
+                       f"{path}: of another version of this program", "use that version"):
+        if state["schema"] != SCHEMA:
+            raise ValueError(f"schema {state['schema']}, not {SCHEMA}")
+        config = Config(**state["config"])
+        model = Model(config.encoder)
+        model.load_state_dict(state["model"])
+        return dict(config=config, model=model, **{name: state[name] for name in ("optimizer", "history", "started")})
 
 
 def load_model(folder):
     """The trained Model of a run folder, on the CPU, in eval mode. UserError if its checkpoint cannot be read."""
-    checkpoint = read_checkpoint(folder)
-    model = Model(checkpoint["config"].encoder)
-    model.load_state_dict(checkpoint["model"])
-    return model.eval()
+    return read_checkpoint(folder)["model"].eval()
 
 
 def make_folder(config):
     """A new folder for a run under config.out; one that exists is never taken."""
     strengths = f"E{config.emphasis:g}D{config.deemphasis:g}A{config.attenuation:g}"
     name = f"{config.dataset}-margin{config.margin:g}-{strengths}-seed{config.seed}"
-    for suffix in itertools.chain([""], (f"-{number}" for number in itertools.count(2))):
-        folder = Path(config.out, name + suffix)
-        with mendable(OSError, f"cannot make {folder}", "choose another --out"), contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
-            return folder
+    with as_user_error(OSError, f"cannot make a folder in {config.out}", "choose another --out"):
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        for suffix in itertools.chain([""], (f"-{number}" for number in itertools.count(2))):
+            with contextlib.suppress(FileExistsError):
+                Path(config.out, name + suffix).mkdir()
+                return Path(config.out, name + suffix)
 
 
 def pick_device(name):
+    """The torch.device of that name; "auto": cuda if there is one, else mps, else cpu. UserError if it is absent."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    with mendable((RuntimeError, AssertionError), f"cannot use device {name}", "try --device cpu"):
+    with as_user_error((RuntimeError, AssertionError), f"cannot use device {name}", "try --device cpu"):
         torch.empty(1, device=name)
     return torch.device(name)
 
@@ -609,10 +628,12 @@ def backward(loss, network):
 
 
 def train_epoch(network, optimizer, images, epoch, config, live=False):
-    """One pass over images (N, 3, H, W) uint8 on the network's device. Returns the epoch's row of metrics.csv, a dict.
+    """One pass over images (N, 3, H, W) uint8, on the network's device, in full batches of a resolved Config.
 
-    The randomness is seeded by (seed, epoch, process): to resume, weights and momenta are enough. Nothing waits for the
-    GPU before the epoch's end. Diverged if a loss, or a weight at the end, is not finite."""
+    Returns the epoch's row of metrics.csv, a dict of means: loss (NT-Xent, in nats), angle_degrees of the positives, E,
+    D, A and their logs (log_D counts as -5 where D is smaller), past_crossover (the share of anchors at which D acts);
+    lr is the last step's. live: print each step. The randomness is seeded by (seed, epoch, process): to resume, weights
+    and momenta are enough. Nothing waits for the GPU before the end. Diverged if a loss or a weight is not finite."""
     start, device, steps, measured = time.perf_counter(), images.device, len(images) // config.batch_size, []
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch))
     batches = order[:steps * config.batch_size].view(steps, -1)[:, RANK::WORLD].to(device)
@@ -620,7 +641,9 @@ def train_epoch(network, optimizer, images, epoch, config, live=False):
     network.train()
     for step, batch in enumerate(batches):
         progress = (epoch + (step + 0.5) / steps) / config.epochs
-        schedule = min(progress / max(config.warmup, 1e-9), 0.5 + 0.5 * math.cos(math.pi * progress))
+        rise = progress / max(config.warmup, 1e-9)  # 1 when the warm-up is over; from there fall goes from 0 to 1
+        fall = max(progress - config.warmup, 0) / max(1 - config.warmup, 1e-9)
+        schedule = min(rise, 0.5 + 0.5 * math.cos(math.pi * fall))
         optimizer.param_groups[0]["lr"] = lr = schedule * config.lr * config.batch_size / 256
         views = augment(images[batch].float().div(255).repeat(2, 1, 1, 1), crop_scale=(config.crop_min, 1.0),
                         color_strength=config.color_strength, gray_prob=config.gray_prob, flip=config.flip)
@@ -632,8 +655,9 @@ def train_epoch(network, optimizer, images, epoch, config, live=False):
         backward(loss, network)
         optimizer.step()
         angles, log_factors = c.clamp(-1, 1).acos(), torch.stack(log_factors)
+        past_crossover = (angles > (math.pi - config.margin) / 2).float()
         measured.append(torch.stack([loss.detach(), angles.rad2deg().mean(), *log_factors.exp().mean(1),
-                                     *log_factors.mean(1), (angles > (math.pi - config.margin) / 2).float().mean()]))
+                                     *log_factors.clamp_min(-5).mean(1), past_crossover.mean()]))
         if live:
             print(f"epoch {epoch + 1}  step {step + 1}/{steps}", end="\r", flush=True)
     measured = torch.stack(measured).cpu()
@@ -641,7 +665,7 @@ def train_epoch(network, optimizer, images, epoch, config, live=False):
     if finite < steps or not all(weight.isfinite().all() for weight in network.parameters()):
         raise Diverged(f"epoch {epoch + 1}, step {min(finite + 1, steps)}: a loss or weight is not finite; the last "
                        "checkpoint is kept. Lower --lr, raise --temperature or bring the strengths nearer to 1")
-    names = "loss", "angle_degrees", "E", "D", "A", "log_E", "log_D", "log_A", "past_crossover"
+    names = "loss", "angle_degrees", *FACTORS, "past_crossover"
     seconds = time.perf_counter() - start
     return dict(epoch=epoch + 1, **dict(zip(names, measured.mean(0).tolist())), lr=lr, seconds=seconds,
                 images_per_second=steps * config.batch_size / seconds)
@@ -657,9 +681,9 @@ def draw_curves(history):
             figure.subplots(1, 3), ("NT-Xent (nats)", "mean positive angle (degrees)", "mean log factor"),
             ({"loss": "k"}, {"angle_degrees": "k"}, {f"log_{letter}": color for letter, color in COLORS.items()})):
         for (name, color), marker in zip(names.items(), "osv"):
-            axes.plot(*zip(*((row["epoch"], row[name]) for row in history)), f"{marker}-", color=color, label=name[-1])
+            axes.plot(*zip(*((row["epoch"], row[name]) for row in history)), f"{marker}-", color=color, label=name)
         axes.set(xlabel="epoch", ylabel=label)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False)  # of the last plot
     return figure
 
 
@@ -668,18 +692,18 @@ def run(config, on_epoch=None, *, folder=None, verbose=True):
 
     on_epoch(row, model), if given, is called after each epoch with its row of metrics.csv. folder: where to run, if not
     in a new folder under config.out; a run that has begun there, with these very settings, goes on. UserError for
-    whatever a user can mend."""
+    whatever a user can mend. Of several processes only the first probes and writes; the others return {}."""
     config, device = config.resolve(), pick_device(config.device)
     config = replace(config, amp=device.type == "cuda" if config.amp is None else config.amp)
-    say = print if verbose and RANK == 0 else lambda *_: None
+    talk = verbose and RANK == 0
+    say, live = print if talk else lambda *_: None, talk and sys.stdout.isatty()
     torch.backends.cudnn.benchmark = True
     begun = read_checkpoint(folder) if folder and Path(folder, "checkpoint.pt").exists() else None
-    for name, value in asdict(begun["config"]).items() if begun else ():
-        if getattr(config, name) != value:
-            raise UserError(f"{name} is {value} in {folder}, not {getattr(config, name)}; a run goes on as it began")
     pretrain, sets, data_hash = load_data(config)
-    if begun and begun["data_hash"] != data_hash:
-        raise UserError(f"the images are not those that {folder} began with; restore them or start a new run")
+    started = asdict(config) | {"the hash of the images": data_hash, "the number of processes": WORLD}
+    for name, value in begun["started"].items() if begun else ():
+        if started.get(name) != value:
+            raise UserError(f"{name} is {value} in {folder}, not {started.get(name)}; a run goes on as it began")
 
     torch.manual_seed(config.seed)
     model = Model(config.encoder).to(device, memory_format=torch.channels_last)
@@ -692,14 +716,14 @@ def run(config, on_epoch=None, *, folder=None, verbose=True):
                                 fused=device.type == "cuda")
     history = begun["history"] if begun else []
     if begun:
-        model.load_state_dict(begun["model"])
+        model.load_state_dict(begun["model"].state_dict())
         optimizer.load_state_dict(begun["optimizer"])
     network = torch.compile(model) if config.compile else model
     folder = Path(folder) if folder else make_folder(config) if RANK == 0 else None
 
     def save():
         if RANK == 0:
-            torch.save(dict(schema=SCHEMA, config=asdict(config), data_hash=data_hash, history=history,
+            torch.save(dict(schema=SCHEMA, config=asdict(config), started=started, history=history,
                             model=model.state_dict(), optimizer=optimizer.state_dict()), state := io.BytesIO())
             write_file(folder / "checkpoint.pt", state.getvalue())
             write_file(folder / "config.json", asdict(config))
@@ -709,34 +733,36 @@ def run(config, on_epoch=None, *, folder=None, verbose=True):
         say(f"{config.dataset}: {len(pretrain):,} images, {config.encoder} encoder, {device}; run folder {folder}")
         save()
         images = pretrain.to(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         for epoch in range(len(history), config.epochs):
-            row = train_epoch(network, optimizer, images, epoch, config, live=say is print and sys.stdout.isatty())
-            history.append(row)
+            history.append(row := train_epoch(network, optimizer, images, epoch, config, live))
             save()
             say("epoch {epoch}/{}  NT-Xent {loss:.3f}  angle {angle_degrees:.1f} deg  E {E:.3f}  D {D:.3f}  A {A:.3f}  "
                 "{images_per_second:,.0f} images/s  {:.0f} s left".format(
                     config.epochs, (config.epochs - epoch - 1) * row["seconds"], **row))
             if on_epoch:
                 on_epoch(row, model)
-        trained = probe(model, sets) if RANK == 0 else None
+        memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+        trained = probe(model, sets) if RANK == 0 else []
     except KeyboardInterrupt:
         say(f"\nstopped, without the epoch in progress. To go on: python margin_contrastive.py --resume {folder}")
         raise
     if RANK > 0:
         return {}
 
-    names = "linear", "knn", "random_linear", "random_knn"
     probes = [dict(dataset=name, role=role, classes=int(train[1].max()) + 1, n_train=len(train[1]), n_test=len(test[1]),
-                   **dict(zip(names, trained[name] + UNTRAINED[key][name]))) for name, role, train, test in sets]
-    mean = {name: sum(row[name] for row in history) / len(history) for name in history[0]}
-    seconds, images = (sum(row["seconds"] * row.get(name, 1) for row in history) for name in ("", "images_per_second"))
+                   linear=linear, knn=nearest, random_linear=random_linear, random_knn=random_nearest)
+              for (name, role, train, test), (linear, nearest), (random_linear, random_nearest)
+              in zip(sets, trained, UNTRAINED[key])]
+    seconds = sum(row["seconds"] for row in history)
     results = dict(
         schema=SCHEMA, config=asdict(config), data_hash=data_hash, probes=probes,
         versions={name: importlib.metadata.version(name) for name in ("torch", "torchvision", "matplotlib", "pillow")},
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        train=dict(seconds=seconds, images_per_second=images / seconds,
-                   peak_memory_mb=torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None,
-                   epochs=len(history), **{f"mean_{f}": mean[f] for f in ("log_E", "log_D", "log_A", "E", "D", "A")}))
+        train=dict(seconds=seconds, epochs=len(history), peak_memory_mb=memory,
+                   images_per_second=sum(row["seconds"] * row["images_per_second"] for row in history) / seconds,
+                   **{f"mean_{name}": sum(row[name] for row in history) / len(history) for name in FACTORS}))
     write_file(folder / "curves.png", draw_curves(history))
     write_file(folder / "results.json", results)
     return results | {"folder": str(folder)}
@@ -744,35 +770,41 @@ def run(config, on_epoch=None, *, folder=None, verbose=True):
 
 # ----------------------------------------------------------------------------------------------------------- Ablation
 LETTERS = dict(E="emphasis", D="deemphasis", A="attenuation")
-OFF = dict.fromkeys(LETTERS.values(), 0.0)
+OFF, ON = dict.fromkeys(LETTERS.values(), 0.0), dict.fromkeys(LETTERS.values(), 1.0)
 
 
 def sweeps(config):
     """{sweep: {setting: {knob: value}}}; the first setting of each is plain NT-Xent, the others' reference."""
     subsets = [subset for size in range(4) for subset in itertools.combinations(LETTERS, size)]
-    plain = dict(positive_scale=1.0)
-    reference, dials = {"NT-Xent": OFF | plain}, list(LETTERS.items())
+    off, on = (strengths | dict(positive_scale=1.0) for strengths in (OFF, ON))
+    reference, dials = {"NT-Xent": off}, list(LETTERS.items())
     return {
-        "switches": {"+".join(on) or "NT-Xent": OFF | {LETTERS[letter]: 1.0 for letter in on} for on in subsets},
-        "dials": reference | {f"{letter} x {s:g}": OFF | {name: s} for letter, name in dials
+        "switches": {"+".join(subset) or "NT-Xent": off | {LETTERS[letter]: 1.0 for letter in subset}
+                     for subset in subsets},
+        "dials": reference | {f"{letter} x {s:g}": off | {name: s} for letter, name in dials
                               for s in (-1.0, 0.5, 1.0, 2.0, 3.0)},
-        "dials-in-margin": reference | {"E+D+A": {}} | {f"E+D+A, {letter} x {s:g}": {name: s} for letter, name in dials
-                                                        for s in (-1.0, 0.0, 0.5, 2.0)},
-        "positive-scale": reference | {f"pull x {s:g}": OFF | dict(positive_scale=s)
+        "dials-in-margin": reference | {"E+D+A": on} | {f"E+D+A, {letter} x {s:g}": on | {name: s}
+                                                        for letter, name in dials for s in (-1.0, 0.0, 0.5, 2.0)},
+        "positive-scale": reference | {f"pull x {s:g}": off | dict(positive_scale=s)
                                        for s in (0.5, 0.7, 0.85, 1.2, 1.4, 2.0)},
-        "margins": reference | {f"m = {m:g}": dict(margin=m) for m in (0.05, 0.1, 0.2, 0.4, 0.8)}
-                   | {f"m2 = {m2:g}": dict(margin=0.0, subtractive_margin=m2) for m2 in (0.1, 0.2, 0.4, 0.8)},
-        "nt-xent": reference | {f"tau {tau:g}, lr {lr:g}": OFF | dict(temperature=tau, lr=lr) for tau in (0.1, 0.2, 0.5)
+        "margins": reference | {f"m = {m:g}": on | dict(margin=m) for m in (0.05, 0.1, 0.2, 0.4, 0.8)}
+                   | {f"m2 = {m2:g}": on | dict(margin=0.0, subtractive_margin=m2) for m2 in (0.1, 0.2, 0.4, 0.8)},
+        "nt-xent": reference | {f"tau {tau:g}, lr {lr:g}": off | dict(temperature=tau, lr=lr) for tau in (0.1, 0.2, 0.5)
                                 for lr in (config.lr / 2, config.lr, config.lr * 2)},
-        "flags": reference | {"E+D+A": dict.fromkeys(OFF, 1.0) | plain, "these flags": {}}}
+        "flags": reference | {"E+D+A": on, "these flags": {}}}
 
 
 def matched_controls(rows, config):
-    """Two settings blind to angle and probability: the E+D+A rows' mean E * D and mean A, as constants."""
-    full = [row for row in rows if row["setting"] == "E+D+A"]
+    """Two settings blind to angle and probability: the E+D+A rows' mean E * D and mean A, as constants.
+
+    None if no row of E+D+A is finite."""
+    full = [row for row in rows if row["setting"] == "E+D+A" and math.isfinite(row["A"])]
+    if not full:
+        return {}
     E, D, A = (sum(row[name] for row in full) / len(full) for name in "EDA")
     scale, lr = round(E + D - 1, 3), round(A, 3)  # E + D - 1 is the mean of E * D, as one of the two is always 1
-    return {f"pull x {scale:g}": OFF | dict(positive_scale=scale), f"lr x {lr:g}": OFF | dict(lr=config.lr * lr)}
+    return {f"pull x {scale:g}": OFF | dict(positive_scale=scale),
+            f"lr x {lr:g}": OFF | dict(positive_scale=1.0, lr=config.lr * lr)}
 
 
 def ablation_run(job):
@@ -780,44 +812,48 @@ def ablation_run(job):
 
     nan for the accuracies on unseen sets if there are none (if several: their mean), for everything if it diverges."""
     (config, folder), probed = job, list(itertools.product(("seen", "unseen"), ("linear", "knn")))
-    finished, factors = folder / "results.json", ("log_E", "log_D", "log_A", "E", "D", "A")
+    finished = folder / "results.json"
     try:
         results = json.loads(finished.read_text()) if finished.exists() else run(config, folder=folder, verbose=False)
     except Diverged:
-        return dict.fromkeys([*map("_".join, probed), *factors], math.nan)
+        return dict.fromkeys([*map("_".join, probed), *FACTORS], math.nan)
     values = [[row[kind] for row in results["probes"] if row["role"] == role] for role, kind in probed]
     accuracies = {"_".join(name): sum(v) / len(v) if v else math.nan for name, v in zip(probed, values)}
-    return accuracies | {name: results["train"][f"mean_{name}"] for name in factors}
+    return accuracies | {name: results["train"][f"mean_{name}"] for name in FACTORS}
 
 
-def start_worker():
+def start_worker(threads):
+    """What each process of an ablation does first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
 
 
 def ablate(settings, seeds, config, folder, say=print):
     """Run named overrides of config with every seed; under one seed all have the same first weights, batches and views.
 
     settings: {name: {knob: value}}, the reference first. Returns a dict per run: setting, seed, accuracies in percent,
-    mean factors; writes these to folder/runs.csv, and summarise's table of them to table.csv. What has finished there
-    is not run again, what has begun goes on. On a CPU, runs of one thread each go side by side, which is faster."""
-    jobs, rows, start = [], [], time.perf_counter()
+    mean factors (nan for a run that diverges); writes these to folder/runs.csv, and summarise's table of them to
+    table.csv. What has finished there is not run again, what has begun goes on. On a CPU, runs of one thread each go
+    side by side, which is faster. A script that calls it needs an `if __name__ == "__main__":`. Raises UserError."""
+    jobs, rows, done, start = [], [], 0, time.perf_counter()
+    data_hash = load_data(config.resolve())[2]  # here too, so that the workers do not download side by side
     for seed, (setting, overrides) in itertools.product(seeds, settings.items()):
         job = replace(config, **overrides, seed=seed)
-        digest = hashlib.sha256(json.dumps(asdict(job)).encode()).hexdigest()[:8]
+        digest = hashlib.sha256(json.dumps([asdict(job), data_hash]).encode()).hexdigest()[:8]
         slug = "".join(character if character.isalnum() else "_" for character in setting)
         jobs.append((job, Path(folder, f"{slug}-seed{seed}-{digest}")))
-    todo = [job for job in jobs if not (job[1] / "results.json").exists()]
-    say(f"{len(settings)} settings x {len(seeds)} seeds: {len(todo)} of {len(jobs)} runs to do, in {folder}")
-    workers = torch.get_num_threads() if pick_device(config.device).type == "cpu" else 1
-    with multiprocessing.get_context("spawn").Pool(workers, start_worker) as pool:
-        for job, setting, figures in zip(jobs, itertools.cycle(settings), pool.imap(ablation_run, jobs)):
-            rows.append(dict(setting=setting, seed=job[0].seed, **figures))
-            if job in todo:
-                done = todo.index(job) + 1
-                left = (time.perf_counter() - start) * (len(todo) / done - 1)
-                say(f"{done:3}/{len(todo)}  {setting:18} seed {job[0].seed}  seen {figures['seen_linear']:.1f}%  "
-                    f"unseen {figures['unseen_linear']:.1f}%  {left:.0f} s left")
+    todo = [not (job_folder / "results.json").exists() for _, job_folder in jobs]
+    say(f"{len(settings)} settings x {len(seeds)} seeds: {sum(todo)} of {len(jobs)} runs to do, in {folder}")
+    cpu, threads = pick_device(config.device).type == "cpu", torch.get_num_threads()
+    workers, threads = (min(threads, sum(todo)) or 1, 1) if cpu else (1, threads)
+    with multiprocessing.get_context("spawn").Pool(workers, start_worker, (threads,)) as pool:
+        for setting, (job, _), new, row in zip(itertools.cycle(settings), jobs, todo, pool.imap(ablation_run, jobs)):
+            rows.append(dict(setting=setting, seed=job.seed, **row))
+            if new:
+                done += 1
+                left = (time.perf_counter() - start) * (sum(todo) / done - 1)
+                say(f"{done:3}/{sum(todo)}  {setting:18} seed {job.seed}  seen {row['seen_linear']:.1f}%  "
+                    f"unseen {row['unseen_linear']:.1f}%  {left:.0f} s left")
     write_file(Path(folder, "runs.csv"), rows)
     write_file(Path(folder, "table.csv"), summarise(rows))
     return rows
@@ -826,7 +862,8 @@ def ablate(settings, seeds, config, folder, say=print):
 def summarise(rows):
     """A dict per setting of ablate's rows: each column's mean over the seeds, the mean of its paired difference to the
     first setting ("..._difference"), and the standard errors of both ("..._se", nan for a single seed)."""
-    settings, columns = list(dict.fromkeys(row["setting"] for row in rows)), list(rows[0])[2:]
+    settings = list(dict.fromkeys(row["setting"] for row in rows))
+    columns = [name for name in rows[0] if name not in ("setting", "seed")]
     values = torch.tensor([[row[name] for name in columns] for row in rows], dtype=torch.float64)
     values = values.view(-1, len(settings), len(columns))  # by seed, setting, column
     table = [dict(setting=setting, seeds=len(values)) for setting in settings]
@@ -840,14 +877,14 @@ def summarise(rows):
 
 def draw_ablation(rows):
     """A Figure of the linear probes, less NT-Xent's of the same seed: a dot for each seed, a bar for the mean."""
-    settings, reference = list(dict.fromkeys(row["setting"] for row in rows)), {}
+    table, reference = summarise(rows), {}
+    settings = [row["setting"] for row in table]
     figure = Figure(figsize=(9, 1.2 + 0.25 * len(settings)), layout="constrained")
     for axes, role in zip(figure.subplots(1, 2, sharey=True), ("seen", "unseen")):
         for row in rows:
             first = reference.setdefault((role, row["seed"]), row[f"{role}_linear"])  # NT-Xent comes first
             axes.plot(row[f"{role}_linear"] - first, settings.index(row["setting"]), "ko", alpha=0.4)
-        for row in summarise(rows):
-            axes.plot(row[f"{role}_linear_difference"], settings.index(row["setting"]), "k|", markersize=18)
+        axes.plot([row[f"{role}_linear_difference"] for row in table], range(len(table)), "k|", markersize=18)
         axes.axvline(0, color="grey", linewidth=0.8)
         axes.set(xlabel=f"linear probe, {role}: points above NT-Xent", yticks=range(len(settings)))
     axes.set(yticklabels=settings, ylim=(len(settings) - 0.5, -0.5))
@@ -868,14 +905,16 @@ def print_table(rows):
 
 # ------------------------------------------------------------------------------------------------------- Command line
 def make_parser():
+    """The command line: a flag for each knob of Config, and those that are about more than one run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (--help explains every flag)\n")
     for f in fields(Config):
         flag, default = "--" + f.name.replace("_", "-"), f.default
         text, choices = f.metadata["help"], f.metadata["choices"]
-        if default is None and f.name in PHOTOGRAPHS:
-            default = f"{PRESETS['glyphs'][f.name]} for glyphs, {PHOTOGRAPHS[f.name]} for photographs"
+        if default is None and f.name in PHOTOGRAPHS and f.type is not tuple:
+            default, other = PRESETS["glyphs"][f.name], PHOTOGRAPHS[f.name]
+            default = default if default == other else f"{default} for glyphs, {other} for photographs"
         text += "" if default is None else f" (default: {default})"
         if f.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
@@ -907,41 +946,46 @@ def report(results):
 
 
 def main(argv=None):
+    """The command line. Exit status 0; 2, with one line that says why, for what the user can mend; 130 after Ctrl-C."""
     parser = make_parser()
     given = vars(parser.parse_args(argv))
-    folder, sweep, count = given.pop("resume", None), given.pop("ablate", None), given.pop("seeds", 3)
+    folder, sweep, count = given.pop("resume", None), given.pop("ablate", None), given.pop("seeds", None)
     try:
-        if count < 1:
-            raise ValueError(f"seeds must be at least 1, not {count}")
+        if count is not None and (count < 1 or not sweep):
+            raise ValueError(f"seeds goes with --ablate and must be at least 1, not {count}")
         if sweep and (folder or WORLD > 1):
             raise ValueError("a sweep goes on by itself, without --resume, and needs no torchrun")
         config = replace(read_checkpoint(folder)["config"] if folder else Config(), **given).resolve()
-        if sweep is None and not (config.margin or config.subtractive_margin):
-            print("warning: both margins are 0, so the switches have no effect: this is NT-Xent", file=sys.stderr)
+        if sweep in (None, "switches", "dials", "dials-in-margin") and not (config.margin or config.subtractive_margin):
+            print("warning: both margins are 0, so that E = D = A = 1 and no switch has an effect", file=sys.stderr)
         elif sweep is None and not any(getattr(config, name) for name in OFF):
             print("warning: emphasis, deemphasis and attenuation are all 0: the margin has no effect", file=sys.stderr)
         if WORLD > 1:
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if pick_device(config.device).type == "cuda" else "gloo")
-        if sweep:
-            settings, seeds = sweeps(config)[sweep], range(config.seed, config.seed + count)
-            folder = Path(config.out, f"ablation-{sweep}-{config.dataset}-{config.regime}")
-            rows = ablate(settings, seeds, config, folder)
-            if sweep == "switches":
-                rows = ablate(settings | matched_controls(rows, config), seeds, config, folder)
-            write_file(folder / "figure.png", draw_ablation(rows))
-            print_table(rows)
-            print(f"files: runs.csv, table.csv and figure.png in {folder}")
-        elif results := run(config, folder=folder):
-            report(results)
+            cuda = torch.cuda.is_available() and config.device in ("auto", "cuda")
+            if cuda:
+                with as_user_error(RuntimeError, f"no GPU number {LOCAL_RANK}", "start as many processes as there are"):
+                    torch.cuda.set_device(LOCAL_RANK)
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=3))
+        if not sweep:
+            if results := run(config, folder=folder):
+                report(results)
+            return
+        settings, seeds = sweeps(config)[sweep], range(config.seed, config.seed + (count or 3))
+        name = f"ablation-{sweep}-{config.dataset}-{config.regime}" + "-validation" * config.validation
+        folder = Path(config.out, name)
+        rows = ablate(settings, seeds, config, folder)
+        if sweep == "switches":
+            rows = ablate(settings | matched_controls(rows, config), seeds, config, folder)
+        write_file(folder / "figure.png", draw_ablation(rows))
+        print_table(rows)
+        print(f"files: runs.csv, table.csv and figure.png in {folder}")
     except ValueError as error:
         parser.error(error)
     except (UserError, torch.OutOfMemoryError) as error:
         advice = "" if isinstance(error, UserError) else "lower --batch-size or --image-size: "
         parser.exit(2, f"{parser.prog}: {advice}{str(error).splitlines()[0]}\n")
     except KeyboardInterrupt:
-        parser.exit(130)
+        parser.exit(130, "stopped; the same command goes on from here\n" if sweep else None)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
