@@ -7,7 +7,7 @@ found that it scales the gradient in three ways. Here they are exact factors, ea
 
     E  emphasis     >= 1  pulls the positive harder, while the pair's angle is below (pi - m) / 2  --no-emphasis
     D  de-emphasis  <= 1  pulls it more softly beyond that angle, and not at all past pi - m       --no-deemphasis
-    A  attenuation  >= 1  keeps an anchor's gradient from fading as it gets its pair right         --no-attenuation
+    A  attenuation  >= 1  slows the fading of an anchor's gradient as it gets its pair right       --no-attenuation
 
 All on: the gradient of the margin loss. All off: that of plain NT-Xent, SimCLR's loss. The split into exactly these
 factors is this project's reading of the paper's three effects; tutorial.ipynb derives it line by line.
@@ -210,7 +210,7 @@ def log_gradient_factors(cos_positive, u, *, temperature, margin, subtractive_ma
         delta = (cos(theta) - cos(min(theta + m, pi)) + subtractive_margin) / temperature, which the margin adds to u
         A = sigmoid(u + delta) / sigmoid(u)                                       A scales all of the anchor's gradient
     E acts below theta = (pi - m) / 2, D above; past pi - m nothing pulls: D is 0, for which log_D = -40 stands.
-    (So a strength b of D gives e^(-40 b) there: 0 to rounding for b = 1, and a pull like an explosion for b = -1.)"""
+    (A strength b of D gives e^(-40 b) there: nothing to rounding for b = 1, and far too much for any b < 0.)"""
     c = cos_positive
     sin = ((1 - c) * (1 + c)).clamp_min(torch.finfo(c.dtype).eps).sqrt()
     g = math.cos(margin) + math.sin(margin) * c / sin
