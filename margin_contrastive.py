@@ -302,8 +302,8 @@ def augment(images, *, crop_scale=(0.2, 1.0), color_strength=0.5, gray_prob=0.1,
     images: (N, 3, H, W) float in [0, 1]; returns the same. Random resized crop with an area in crop_scale (1: the whole
     image) and an aspect ratio of 3/4 to 4/3, log-uniform: where torchvision tries up to ten boxes until one fits, ten
     are drawn and the first that fits is taken, or else all of the image. Mirrored half of the time if flip. Colour
-    jitter with probability 0.8,
-    for strength s <= 1.25: brightness, contrast, saturation within 1 +- 0.8 s, hue +- 0.2 s. Grey with gray_prob."""
+    jitter with probability 0.8, for a strength s <= 1.25: brightness, contrast, saturation within 1 +- 0.8 s, hue
+    +- 0.2 s. Grey with gray_prob."""
     n, _, height, width = images.shape
 
     def uniform(low, high, *shape):
@@ -381,7 +381,7 @@ def read_folder(folder, split, size):
     """Images (N, 3, size, size) uint8 and labels (N,) int64 of folder/split/CLASS/*.png, *.jpg; classes by name."""
     from torchvision.datasets import ImageFolder  # here, as torchvision takes two seconds that glyphs do not need
     with as_user_error(OSError, folder, f"wanted are {folder}/train/CLASS/*.png or *.jpg and {folder}/test/CLASS/*; "
-                                   "--dataset glyphs needs no files"):
+                       "--dataset glyphs needs no files"):
         train, test = (ImageFolder(Path(folder, part)) for part in ("train", "test"))
     if train.classes != test.classes:
         odd = ", ".join(sorted(set(train.classes) ^ set(test.classes)))

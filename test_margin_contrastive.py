@@ -1,5 +1,6 @@
 """Each claim of margin_contrastive.py against something independent: autograd through the textbook formula, a slow
 numpy loop, torchvision's functional operations, a brute-force search. No network, no GPU; run by `python -m pytest`."""
+import base64
 import csv
 import importlib.util
 import inspect
@@ -1143,7 +1144,7 @@ def test_the_stored_notebook_is_one_clean_run_of_this_code(notebook):
         source, kinds = "".join(cell["source"]), [output["output_type"] for output in cell["outputs"]]
         assert "error" not in kinds and all(output.get("name") != "stderr" for output in cell["outputs"]), source
         shown = sum("image/png" in output.get("data", {}) for output in cell["outputs"])
-        assert shown == len(re.findall(r"^show\(", source, re.M)), source
+        assert shown == len(re.findall(r"^ *show\(", source, re.M)), source
         assert "stream" in kinds or not re.search(r"^(print|check|mc.print_table)\(", source, re.M), source
     text = stored_text(notebook)
     for function in (mc.margin_contrastive_loss, mc.log_gradient_factors, mc.scale_gradient, mc.textbook_margin_loss):
@@ -1151,9 +1152,22 @@ def test_the_stored_notebook_is_one_clean_run_of_this_code(notebook):
     assert not re.search(r"(?<![\w.])/(home|root|tmp|usr|content)/|Warning|Traceback", text)
 
 
-def test_the_readme_has_the_notebooks_table_and_pictures_that_exist(notebook):
+def test_the_readme_has_the_notebooks_tables_and_pictures(notebook):
     readme, text = PROGRAM.with_name("README.md").read_text(), stored_text(notebook)
-    table = re.search(r"^setting +seeds.*?(?=^```)", readme, re.M | re.S).group()
-    assert table.count("\n") == 11 and table in text  # ten settings; both are what `--ablate --seeds 10` printed
+    tables = re.findall(r"^setting +seeds.*?(?=^```)", readme, re.M | re.S)
+    assert len(tables) == 2 and all(table.count("\n") == 11 and table in text for table in tables)  # ten settings each
+    pictures = [output["data"]["image/png"] for cell in notebook["cells"] for output in cell.get("outputs", [])
+                if "image/png" in output.get("data", {})]
     for link in re.findall(r"\]\((?!http)([^)]+)\)", readme):
-        assert PROGRAM.with_name(link).is_file(), link
+        content = PROGRAM.with_name(link).read_bytes()
+        assert not link.endswith(".png") or content in map(base64.b64decode, pictures), link
+
+
+@pytest.mark.parametrize("regime, seeds", [("standard", 30), ("all-active", 20)])
+def test_the_stored_tables_are_what_the_stored_runs_give(notebook, capsys, regime, seeds):
+    with PROGRAM.with_name(".results").joinpath(f"switches-{regime}.csv").open() as file:
+        rows = [{name: value if name == "setting" else float(value) for name, value in row.items()}
+                for row in csv.DictReader(file)]
+    assert {row["seed"] for row in rows} == set(range(seeds)) and len(rows) == 10 * seeds
+    mc.print_table(rows)
+    assert capsys.readouterr().out in stored_text(notebook)
