@@ -10,14 +10,12 @@ found that it scales the gradient in three ways. Here they are exact factors, ea
     A  attenuation  >= 1  slows the fading of an anchor's gradient as it gets its pair right       --no-attenuation
 
 All on: the gradient of the margin loss. All off: that of plain NT-Xent, SimCLR's loss. The split into exactly these
-factors is this project's reading of the paper's three effects; tutorial.ipynb derives it line by line.
+factors is this project's reading of the paper's three effects; tutorial.ipynb derives it line by line. The loss needs
+nothing but torch: copy it.
 
     python margin_contrastive.py --margin 0.2 --no-attenuation   pretrain on letters, probe on letters and on digits
     python margin_contrastive.py --ablate                        the 2^3 switch settings and two controls, seeds paired
     torchrun --nproc_per_node=2 margin_contrastive.py            one run on two processes, on GPUs if there are any
-
-Config, loss, augmentation, data, model, evaluation, training, ablation, command line: each part uses what stands above
-it (only Config's check of the loss's arguments looks ahead). The loss needs nothing but torch: copy it.
 """
 import argparse
 import contextlib
@@ -30,12 +28,11 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
+import multiprocessing.pool
 import os
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -51,8 +48,8 @@ from torch import nn
 
 SCHEMA = 1  # of checkpoint.pt and results.json
 # torchrun sets them: which of all the processes this is, which of this machine's, and how many there are
-RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (
-    ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
 class UserError(Exception):
@@ -92,7 +89,7 @@ def knob(default, text, *, choices=None, within=(-math.inf, math.inf)):
 
 @dataclass(frozen=True)
 class Config:
-    """Every knob of a run, with its help text; the command line is made from it. None: the preset decides."""
+    """Every knob of a run, with its help text; the command line is made from it. None: the preset (amp: the device)."""
     dataset: str = knob("glyphs", "images to pretrain on", choices=tuple(PRESETS))
     data_dir: str = knob("data", "where downloads go; for folder: DIR with DIR/train/CLASS/* and DIR/test/CLASS/*")
     probe_dataset: tuple = knob(None, "unseen set to probe on: digits, a torchvision set or folder:DIR; repeatable "
@@ -118,7 +115,7 @@ class Config:
     batch_size: int = knob(None, "images a step, over all processes together; each gives two views", within=(2, 1e6))
     lr: float = knob(None, "peak learning rate for a batch of 256; it scales with the batch size", within=(0, 1e3))
     weight_decay: float = knob(5e-4, "weight decay of SGD (momentum 0.9)", within=(0, 1e3))
-    warmup: float = knob(0.1, "share of the run in which the learning rate rises; a cosine ends it", within=(0, 1))
+    warmup: float = knob(0.1, "share of the run in which the learning rate rises; then it falls to 0", within=(0, 1))
     seed: int = knob(0, "seed of weights, batches and views; with --ablate the first of the --seeds", within=(0, 2**31))
     device: str = knob("auto", "auto (cuda, else mps, else cpu) or a device's name")
     amp: bool = knob(None, "bfloat16 autocast of the network (default: on CUDA)")
@@ -136,8 +133,8 @@ class Config:
             if isinstance(value, (int, float)) and not rule["within"][0] <= value <= rule["within"][1]:
                 raise ValueError("{} must be in [{:g}, {:g}], not {!r}".format(name, *rule["within"], value))
         check_loss_arguments(**config.loss_arguments())
-        if config.batch_size % WORLD or config.batch_size < 2 * WORLD:
-            raise ValueError(f"batch_size must be a multiple of {WORLD} processes, 2 each, not {config.batch_size}")
+        if config.batch_size % WORLD:
+            raise ValueError(f"batch_size must be a multiple of the {WORLD} processes, not {config.batch_size}")
         return config
 
     def loss_arguments(self):
@@ -147,24 +144,20 @@ class Config:
 
 
 # --------------------------------------------------------------------------------------------------------------- Loss
-def check_loss_arguments(*, temperature, margin, subtractive_margin=0.0, emphasis=1.0, deemphasis=1.0, attenuation=1.0,
-                         positive_scale=1.0):
+def check_loss_arguments(**arguments):
     """Raise ValueError, with the argument's name and value, for settings the mathematics below has no answer to."""
-    for name, value, valid, needed in (
-            ("temperature", temperature, 1e-6 <= temperature < math.inf, "positive, 1e-6 or more, and finite"),
-            ("margin", margin, 0 <= margin < math.pi, "in [0, pi) radians"),
-            ("subtractive_margin", subtractive_margin, 0 <= subtractive_margin < math.inf, "finite and not negative"),
-            ("emphasis", emphasis, abs(emphasis) <= 1e6, "finite, 1e6 at most"),
-            ("deemphasis", deemphasis, abs(deemphasis) <= 1e6, "finite, 1e6 at most"),
-            ("attenuation", attenuation, abs(attenuation) <= 1e6, "finite, 1e6 at most"),
-            ("positive_scale", positive_scale, 0 < positive_scale < math.inf, "positive and finite")):
-        if not valid:
-            raise ValueError(f"{name} must be {needed}, not {value!r}")
+    strength = -1e6, 1e6
+    limits = dict(temperature=(1e-6, math.inf), margin=(0, math.pi), subtractive_margin=(0, math.inf),
+                  positive_scale=(1e-6, math.inf), emphasis=strength, deemphasis=strength, attenuation=strength)
+    for name, value in arguments.items():
+        low, high = limits[name]
+        if not low <= value < high:
+            raise ValueError(f"{name} must be in [{low:.6g}, {high:.6g}), not {value!r}")
 
 
 @contextlib.contextmanager
 def full_precision(device_type):
-    """No autocast, and no TF32 in the products of its block: exp(cosine / temperature) magnifies rounding."""
+    """No autocast and no TF32 in its block's forward products: exp(cosine / temperature) magnifies rounding."""
     if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # since torch 2.9
         switches, name, exact = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul), "fp32_precision", "ieee"
     else:
@@ -183,13 +176,13 @@ def full_precision(device_type):
 def pair_terms(z1, z2, *, temperature):
     """The two numbers a contrastive loss needs of each anchor: its positive's cosine, its negatives' log-sum-exp.
 
-    z1, z2: (N, D) embeddings of the two views, of any length (a zero vector stays zero and gets no gradient). Returns
+    z1, z2: (N, D) embeddings of the two views, of any length (below 1e-12: zero, without a gradient). Returns
     (cos_positive, lse_negatives), (2N,) each, differentiable; float32, or float64 if the input is. With
     u = lse_negatives - cos_positive / temperature, NT-Xent is softplus(u) and the positive's probability sigmoid(-u).
     ValueError for shapes that differ or are not 2-D, fewer than 2 pairs, a temperature that is not positive."""
     if z1.shape != z2.shape or z1.ndim != 2 or len(z1) < 2:
         raise ValueError(f"z1 and z2 must both be (N, D) with N >= 2, not {tuple(z1.shape)} and {tuple(z2.shape)}")
-    check_loss_arguments(temperature=temperature, margin=0)
+    check_loss_arguments(temperature=temperature)
     with full_precision(z1.device.type):
         n, z = len(z1), torch.cat([z1, z2])
         z = z if z.dtype == torch.float64 else z.float()
@@ -286,7 +279,8 @@ def jitter_colors(images, brightness, contrast, saturation, hue, gray):
     saturation and grey are torchvision's. Unlike there, the order is fixed, as listed, clamping comes once, at the end,
     and hue turns the RGB cube about its grey axis (the same for thirds of a turn) instead of going through HSV."""
     channel = torch.arange(3, device=images.device)
-    luma = torch.cat([torch.full((1,), share, device=images.device) for share in (0.2989, 0.587, 0.114)])  # no waiting
+    # torch.tensor would wait for the GPU
+    luma = torch.cat([torch.full((1,), share, device=images.device) for share in (0.2989, 0.587, 0.114)])
     saturate = luma + saturation[:, None, None] * (torch.eye(3, device=images.device) - luma)
     turns = hue[:, None, None] - (channel[:, None] - channel) / 3
     matrix = (1 + 2 * torch.cos(2 * math.pi * turns)) / 3 @ saturate  # a rotation about (1, 1, 1), after saturate
@@ -329,20 +323,16 @@ GLYPHS = {  # name: (characters, {split: (number of images, seed)})
     "digits": ("0123456789", {"train": (2000, 2), "test": (2000, 3)})}
 FONTS = ("DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSerif DejaVuSerif-Bold DejaVuSerif-Italic "
          "STIXGeneral STIXGeneralBol STIXGeneralItalic cmr10 cmb10 cmss10 cmtt10 cmti10").split()  # inside matplotlib
-TRAIN_TEST = {"train": dict(train=True), "test": dict(train=False)}
-TORCHVISION = {  # name: (torchvision's class, {split: its arguments})
-    "cifar10": ("CIFAR10", TRAIN_TEST), "cifar100": ("CIFAR100", TRAIN_TEST),
-    "fashion-mnist": ("FashionMNIST", TRAIN_TEST),
-    "svhn": ("SVHN", {"train": dict(split="train"), "test": dict(split="test")}),
-    "stl10": ("STL10", {"pretrain": dict(split="unlabeled"), "train": dict(split="train"), "test": dict(split="test")})}
+TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion-mnist": "FashionMNIST", "svhn": "SVHN",
+               "stl10": "STL10"}  # name: torchvision's class
 
 
 @functools.cache
 def glyphs(characters, count, seed, size=32):
     """Characters in random fonts, sizes (22-32 of 32 px), rotations (+-15 degrees), places and colours, lightly noisy.
 
-    Returns images (count, 3, size, size) uint8 and labels (count,) int64, indices into characters, equally often; the
-    same for the same seed on the same library versions. Every character is drawn once per font, then all are warped."""
+    Returns images (count, 3, size, size) uint8 and labels (count,) int64, indices into characters (about equally
+    often); the same for a seed on the same library versions. Each character is drawn once per font, then warped."""
     folder, generator = Path(matplotlib.get_data_path(), "fonts", "ttf"), torch.Generator().manual_seed(seed)
     stencils = torch.zeros(len(FONTS), len(characters), 1, 48, 48)
     for (i, font), (j, character) in itertools.product(enumerate(FONTS), enumerate(characters)):
@@ -382,40 +372,38 @@ def read_folder(folder, split, size):
     from torchvision.datasets import ImageFolder  # here, as torchvision takes two seconds that glyphs do not need
     with as_user_error(OSError, folder, f"wanted are {folder}/train/CLASS/*.png or *.jpg and {folder}/test/CLASS/*; "
                        "--dataset glyphs needs no files"):
-        train, test = (ImageFolder(Path(folder, part)) for part in ("train", "test"))
-    if train.classes != test.classes:
-        odd = ", ".join(sorted(set(train.classes) ^ set(test.classes)))
-        raise UserError(f"{folder}: {odd} not in both train and test; give both the same class folders")
-    listing = train if split == "train" else test
+        listings = {part: ImageFolder(Path(folder, part)) for part in ("train", "test")}
+    if odd := set(listings["train"].classes) ^ set(listings["test"].classes):
+        raise UserError(f"{folder}: {', '.join(sorted(odd))} not in both train and test; give both the same classes")
 
     def read(path):
-        with as_user_error((OSError, SyntaxError, ValueError), f"{path}: not a readable image", "mend or remove it"):
+        with as_user_error(Exception, f"{path}: not a readable image", "mend or remove it"):
             pixels = np.array(Image.open(path).convert("RGB"))
         return as_uint8_images(torch.from_numpy(pixels).permute(2, 0, 1)[None], size)
 
-    with ThreadPoolExecutor() as pool:
-        return torch.cat(list(pool.map(read, (path for path, _ in listing.samples)))), torch.tensor(listing.targets)
+    with multiprocessing.pool.ThreadPool() as pool:
+        images = pool.map(read, [path for path, _ in listings[split].samples])
+    return torch.cat(images), torch.tensor(listings[split].targets)
 
 
 def load_dataset(name, split, config):
-    """Images (N, 3, S, S) uint8 and labels (N,) int64 of a split, "pretrain", "train" or "test", of any set there is.
+    """Images (N, 3, S, S) uint8 and labels (N,) int64 of a split of any set there is.
 
-    "pretrain" is "train" but for STL-10, which has unlabelled images for it. UserError if the set cannot be had."""
+    split: "train" or "test", and for STL-10 also "unlabeled". UserError if the set cannot be had."""
+    kind, _, folder = name.partition(":")
     if name in GLYPHS:
         characters, splits = GLYPHS[name]
-        images, labels = glyphs(characters, *splits.get(split, splits["train"]), config.image_size)
+        images, labels = glyphs(characters, *splits[split], config.image_size)
     elif name in TORCHVISION:
-        class_name, splits = TORCHVISION[name]
+        choice = dict(split=split) if name in ("svhn", "stl10") else dict(train=split == "train")
         with as_user_error((OSError, RuntimeError, ImportError), f"{name}: not read from {config.data_dir}, nor "
                            "downloaded", "mend that, or take --dataset glyphs, which needs no download"):
             import torchvision.datasets
-            dataset = getattr(torchvision.datasets, class_name)(
-                config.data_dir, download=True, **splits.get(split, splits["train"]))
+            dataset = getattr(torchvision.datasets, TORCHVISION[name])(config.data_dir, download=True, **choice)
         images = as_uint8_images(dataset.data, config.image_size)
         labels = torch.as_tensor(dataset.targets if hasattr(dataset, "targets") else dataset.labels).long()
-    elif name == "folder" or name.startswith("folder:"):
-        folder = config.data_dir if name == "folder" else name.removeprefix("folder:")
-        images, labels = read_folder(folder, "test" if split == "test" else "train", config.image_size)
+    elif kind == "folder":
+        images, labels = read_folder(folder or config.data_dir, split, config.image_size)
     else:
         raise UserError(f"there is no data set {name!r}; take {', '.join([*GLYPHS, *TORCHVISION])} or folder:DIR")
     if 0 < config.max_images < len(images):
@@ -441,7 +429,7 @@ def load_data(config):
         else:
             test = load_dataset(name, "test", config)
         sets.append((name, "unseen" if sets else "seen", train, test))
-    pretrain = load_dataset(config.dataset, "pretrain", config)[0] if config.dataset == "stl10" else sets[0][2][0]
+    pretrain = load_dataset("stl10", "unlabeled", config)[0] if config.dataset == "stl10" else sets[0][2][0]
     for tensor in (pretrain, *(tensor for _, _, train, test in sets for tensor in (*train, *test))):
         digest.update(tensor.numpy())
     if LOCAL_RANK == 0 and WORLD > 1:
@@ -545,15 +533,14 @@ def write_file(path, content):
     if isinstance(content, dict):
         content = json.dumps(content, indent=2).encode()
     elif isinstance(content, list):
-        writer = csv.DictWriter(text := io.StringIO(), list(content[0]) if content else [], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(content)
+        text, rows = io.StringIO(), [content[0] if content else [], *(row.values() for row in content)]
+        csv.writer(text, lineterminator="\n").writerows(rows)
         content = text.getvalue().encode()
     elif isinstance(content, Figure):
         content.savefig(picture := io.BytesIO(), format="png", dpi=150)
         content = picture.getvalue()
     partial = path.with_name(path.name + ".partial")
-    with as_user_error(OSError, f"cannot write {path}", "what it held is unchanged; mend that and go on (--resume)"):
+    with as_user_error(OSError, f"cannot write {path}", "what it held is unchanged; mend that, then --resume"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             partial.write_bytes(content)
@@ -628,7 +615,7 @@ def backward(loss, network):
 
 
 def train_epoch(network, optimizer, images, epoch, config, live=False):
-    """One pass over images (N, 3, H, W) uint8, on the network's device, in full batches of a resolved Config.
+    """One pass over images (N, 3, H, W) uint8, on the network's device, in full batches.
 
     Returns the epoch's row of metrics.csv, a dict of means: loss (NT-Xent, in nats), angle_degrees of the positives, E,
     D, A and their logs (log_D counts as -5 where D is smaller), past_crossover (the share of anchors at which D acts);
@@ -691,8 +678,9 @@ def run(config, on_epoch=None, *, folder=None, verbose=True):
     """One whole run: data, untrained probe, pretraining, probe, files. Returns the dict of results.json plus "folder".
 
     on_epoch(row, model), if given, is called after each epoch with its row of metrics.csv. folder: where to run, if not
-    in a new folder under config.out; a run that has begun there, with these very settings, goes on. UserError for
-    whatever a user can mend. Of several processes only the first probes and writes; the others return {}."""
+    in a new folder under config.out; a run that has begun there, with these very settings, goes on. UserError, or
+    ValueError for a setting, for what a user can mend. Of several processes the first probes and writes; others return
+    {}."""
     config, device = config.resolve(), pick_device(config.device)
     config = replace(config, amp=device.type == "cuda" if config.amp is None else config.amp)
     talk = verbose and RANK == 0
@@ -702,8 +690,8 @@ def run(config, on_epoch=None, *, folder=None, verbose=True):
     pretrain, sets, data_hash = load_data(config)
     started = asdict(config) | {"the hash of the images": data_hash, "the number of processes": WORLD}
     for name, value in begun["started"].items() if begun else ():
-        if started.get(name) != value:
-            raise UserError(f"{name} is {value} in {folder}, not {started.get(name)}; a run goes on as it began")
+        if started[name] != value:
+            raise UserError(f"{name} is {value} in {folder}, not {started[name]}; a run goes on as it began")
 
     torch.manual_seed(config.seed)
     model = Model(config.encoder).to(device, memory_format=torch.channels_last)
@@ -723,8 +711,9 @@ def run(config, on_epoch=None, *, folder=None, verbose=True):
 
     def save():
         if RANK == 0:
+            state = io.BytesIO()
             torch.save(dict(schema=SCHEMA, config=asdict(config), started=started, history=history,
-                            model=model.state_dict(), optimizer=optimizer.state_dict()), state := io.BytesIO())
+                            model=model.state_dict(), optimizer=optimizer.state_dict()), state)
             write_file(folder / "checkpoint.pt", state.getvalue())
             write_file(folder / "config.json", asdict(config))
             write_file(folder / "metrics.csv", history)
@@ -790,21 +779,20 @@ def sweeps(config):
         "margins": reference | {f"m = {m:g}": on | dict(margin=m) for m in (0.05, 0.1, 0.2, 0.4, 0.8)}
                    | {f"m2 = {m2:g}": on | dict(margin=0.0, subtractive_margin=m2) for m2 in (0.1, 0.2, 0.4, 0.8)},
         "nt-xent": reference | {f"tau {tau:g}, lr {lr:g}": off | dict(temperature=tau, lr=lr) for tau in (0.1, 0.2, 0.5)
-                                for lr in (config.lr / 2, config.lr, config.lr * 2)},
-        "flags": reference | {"E+D+A": on, "these flags": {}}}
+                                for lr in (config.lr / 2, config.lr, config.lr * 2)}}
 
 
 def matched_controls(rows, config):
     """Two settings blind to angle and probability: the E+D+A rows' mean E * D and mean A, as constants.
 
-    None if no row of E+D+A is finite."""
+    No settings if no row of E+D+A is finite."""
     full = [row for row in rows if row["setting"] == "E+D+A" and math.isfinite(row["A"])]
     if not full:
         return {}
     E, D, A = (sum(row[name] for row in full) / len(full) for name in "EDA")
-    scale, lr = round(E + D - 1, 3), round(A, 3)  # E + D - 1 is the mean of E * D, as one of the two is always 1
+    scale, lr = max(round(E + D - 1, 3), 1e-3), round(A, 3)  # the mean of E * D, as one of the two is always 1
     return {f"pull x {scale:g}": OFF | dict(positive_scale=scale),
-            f"lr x {lr:g}": OFF | dict(positive_scale=1.0, lr=config.lr * lr)}
+            f"lr x {lr:g}": OFF | dict(positive_scale=1.0, lr=min(config.lr * lr, 1e3))}
 
 
 def ablation_run(job):
@@ -838,7 +826,8 @@ def ablate(settings, seeds, config, folder, say=print):
     jobs, rows, done, start = [], [], 0, time.perf_counter()
     data_hash = load_data(config.resolve())[2]  # here too, so that the workers do not download side by side
     for seed, (setting, overrides) in itertools.product(seeds, settings.items()):
-        job = replace(config, **overrides, seed=seed)
+        with as_user_error(ValueError, f"invalid setting of {setting}", "leave it out"):
+            job = replace(config, **overrides, seed=seed).resolve()
         digest = hashlib.sha256(json.dumps([asdict(job), data_hash]).encode()).hexdigest()[:8]
         slug = "".join(character if character.isalnum() else "_" for character in setting)
         jobs.append((job, Path(folder, f"{slug}-seed{seed}-{digest}")))
@@ -912,7 +901,7 @@ def make_parser():
     for f in fields(Config):
         flag, default = "--" + f.name.replace("_", "-"), f.default
         text, choices = f.metadata["help"], f.metadata["choices"]
-        if default is None and f.name in PHOTOGRAPHS and f.type is not tuple:
+        if f.name in PHOTOGRAPHS and f.type is not tuple:
             default, other = PRESETS["glyphs"][f.name], PHOTOGRAPHS[f.name]
             default = default if default == other else f"{default} for glyphs, {other} for photographs"
         text += "" if default is None else f" (default: {default})"
@@ -950,12 +939,13 @@ def main(argv=None):
     parser = make_parser()
     given = vars(parser.parse_args(argv))
     folder, sweep, count = given.pop("resume", None), given.pop("ablate", None), given.pop("seeds", None)
+    if count is not None and (count < 1 or not sweep):
+        parser.error(f"seeds goes with --ablate and must be at least 1, not {count}")
+    if sweep and (folder or WORLD > 1):
+        parser.error("a sweep goes on by itself, without --resume, and needs no torchrun")
     try:
-        if count is not None and (count < 1 or not sweep):
-            raise ValueError(f"seeds goes with --ablate and must be at least 1, not {count}")
-        if sweep and (folder or WORLD > 1):
-            raise ValueError("a sweep goes on by itself, without --resume, and needs no torchrun")
-        config = replace(read_checkpoint(folder)["config"] if folder else Config(), **given).resolve()
+        with as_user_error(ValueError, "invalid setting", "--help explains every flag"):
+            config = replace(read_checkpoint(folder)["config"] if folder else Config(), **given).resolve()
         if sweep in (None, "switches", "dials", "dials-in-margin") and not (config.margin or config.subtractive_margin):
             print("warning: both margins are 0, so that E = D = A = 1 and no switch has an effect", file=sys.stderr)
         elif sweep is None and not any(getattr(config, name) for name in OFF):
@@ -979,8 +969,6 @@ def main(argv=None):
         write_file(folder / "figure.png", draw_ablation(rows))
         print_table(rows)
         print(f"files: runs.csv, table.csv and figure.png in {folder}")
-    except ValueError as error:
-        parser.error(error)
     except (UserError, torch.OutOfMemoryError) as error:
         advice = "" if isinstance(error, UserError) else "lower --batch-size or --image-size: "
         parser.exit(2, f"{parser.prog}: {advice}{str(error).splitlines()[0]}\n")
