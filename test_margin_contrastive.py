@@ -1157,13 +1157,13 @@ def test_the_readme_has_the_notebooks_tables_and_pictures(notebook):
     pictures = [output["data"]["image/png"] for cell in notebook["cells"] for output in cell.get("outputs", [])
                 if "image/png" in output.get("data", {})]
     for link in re.findall(r"\]\((?!http)([^)]+)\)", readme):
-        content = PROGRAM.with_name(link).read_bytes()
+        content = (PROGRAM.parent / link).read_bytes()
         assert not link.endswith(".png") or content in map(base64.b64decode, pictures), link
 
 
 @pytest.mark.parametrize("regime, seeds", [("standard", 30), ("all-active", 20)])
 def test_the_stored_tables_are_what_the_stored_runs_give(notebook, capsys, regime, seeds):
-    with PROGRAM.with_name(".results").joinpath(f"switches-{regime}.csv").open() as file:
+    with (PROGRAM.parent / ".results" / f"switches-{regime}.csv").open() as file:
         rows = [{name: value if name == "setting" else float(value) for name, value in row.items()}
                 for row in csv.DictReader(file)]
     assert {row["seed"] for row in rows} == set(range(seeds)) and len(rows) == 10 * seeds
