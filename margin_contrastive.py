@@ -778,8 +778,9 @@ def sweeps(config):
                                        for s in (0.5, 0.7, 0.85, 1.2, 1.4, 2.0)},
         "margins": reference | {f"m = {m:g}": on | dict(margin=m) for m in (0.05, 0.1, 0.2, 0.4, 0.8)}
                    | {f"m2 = {m2:g}": on | dict(margin=0.0, subtractive_margin=m2) for m2 in (0.1, 0.2, 0.4, 0.8)},
-        "nt-xent": reference | {f"tau {tau:g}, lr {lr:g}": off | dict(temperature=tau, lr=lr) for tau in (0.1, 0.2, 0.5)
-                                for lr in (config.lr / 2, config.lr, config.lr * 2)}}
+        "nt-xent": reference | {f"tau {tau:g}, lr {lr:g}" + f", pull x {pull:g}" * (pull != 1):
+                                off | dict(temperature=tau, lr=lr, positive_scale=pull) for pull in (1.0, 0.7)
+                                for tau in (0.05, 0.1, 0.2) for lr in (config.lr * 2.0**i for i in range(-2, 3))}}
 
 
 def matched_controls(rows, config):
@@ -869,7 +870,7 @@ def draw_ablation(rows):
     table, reference = summarise(rows), {}
     settings = [row["setting"] for row in table]
     figure = Figure(figsize=(9, 1.2 + 0.25 * len(settings)), layout="constrained")
-    for axes, role in zip(figure.subplots(1, 2, sharey=True), ("seen", "unseen")):
+    for axes, role in zip(figure.subplots(1, 2, sharex=True, sharey=True), ("seen", "unseen")):
         for row in rows:
             first = reference.setdefault((role, row["seed"]), row[f"{role}_linear"])  # NT-Xent comes first
             axes.plot(row[f"{role}_linear"] - first, settings.index(row["setting"]), "ko", alpha=0.4)
@@ -882,13 +883,14 @@ def draw_ablation(rows):
 
 def print_table(rows):
     """Print the linear probes of summarise's table, with the mean log factors."""
-    print("\nlinear probe in %, and its difference to NT-Xent paired by seed: mean +- standard error over the seeds\n"
-          f"{'setting':18}{'seeds':>5}{'seen':>14}{'difference':>14}{'unseen':>14}{'difference':>14}"
+    width = max(18, *(len(row["setting"]) + 1 for row in rows))
+    print(f"\nlinear probe in %, and its difference to {rows[0]['setting']} paired by seed: mean +- standard error\n"
+          f"{'setting':{width}}{'seeds':>5}{'seen':>14}{'difference':>14}{'unseen':>14}{'difference':>14}"
           f"{'log E':>9}{'log D':>9}{'log A':>9}")
     for row in summarise(rows):
         cells = [f"{row[name]:{sign}.1f} +- {row[name + '_se']:.1f}" for role in ("seen", "unseen")
                  for name, sign in ((f"{role}_linear", ""), (f"{role}_linear_difference", "+"))]
-        print(f"{row['setting']:18}{row['seeds']:5}" + "".join(f"{cell:>14}" for cell in cells)
+        print(f"{row['setting']:{width}}{row['seeds']:5}" + "".join(f"{cell:>14}" for cell in cells)
               + "".join(f"{row[name]:9.4f}" for name in ("log_E", "log_D", "log_A")))
 
 
@@ -917,7 +919,8 @@ def make_parser():
     names = list(sweeps(Config().resolve()))
     parser.add_argument("--resume", metavar="RUN_FOLDER", help="go on with a run that was stopped, as it began")
     parser.add_argument("--ablate", nargs="?", const="switches", choices=names, metavar="SWEEP",
-                        help=f"run a sweep instead: {', '.join(names)} (--ablate alone: switches)")
+                        help="run a sweep instead, which sets the strengths itself: "
+                             f"{', '.join(names)} (--ablate alone: switches)")
     parser.add_argument("--seeds", type=int, help="number of seeds of a sweep (default: 3)")
     return parser
 

@@ -581,6 +581,8 @@ def test_probing_leaves_the_encoder_as_it_was(encoder, features):
     assert mc.extract_features(model, images).shape == (40, features)
     mc.probe(model, [("AB", "seen", (images, labels), (images, labels))])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()) and model.training
+    mc.extract_features(model.eval(), images)
+    assert not model.training
     h, z = model(images.float() / 255)
     assert h.shape == (40, features) and z.shape == (40, 128)
 
@@ -764,12 +766,23 @@ def test_seed_epoch_and_process_each_have_their_own_draws(monkeypatch):
     assert torch.equal(draws[0], draws[1]) and len({tuple(draw.tolist()) for draw in draws}) == 4
 
 
-def test_photographs_preset_with_amp(tmp_path):
+def test_photographs_preset_with_amp(tmp_path, monkeypatch):
     write_folder(tmp_path / "data", count=20)
     config = Config(dataset="folder", data_dir=str(tmp_path / "data"), epochs=1, batch_size=20, amp=True, device="cpu")
+    loss, dtypes = mc.margin_contrastive_loss, []
+    monkeypatch.setattr(mc, "margin_contrastive_loss", lambda *z, **s: dtypes.append(z[0].dtype) or loss(*z, **s))
     results = mc.run(replace(config, out=str(tmp_path / "runs")), verbose=False)
     assert results["config"]["encoder"] == "resnet18" and results["config"]["amp"] is True
+    assert set(dtypes) == {torch.bfloat16}  # the network's; the loss itself goes on in float32
     assert math.isfinite(results["train"]["mean_log_A"]) and results["probes"][0]["linear"] > 90  # red against green
+
+
+def test_the_second_regime_has_all_three_factors_at_work(tmp_path):
+    for regime in "standard", "all-active":
+        config = replace(TINY, batch_size=None, regime=regime, out=str(tmp_path))
+        means = mc.run(config, verbose=False)["train"]
+        at_work = [means["mean_E"] > 1.3, means["mean_D"] < 0.85, means["mean_A"] > 1.3]
+        assert at_work == [regime == "all-active"] * 3
 
 
 def test_presets_fill_what_is_left_open_and_flags_win():
@@ -862,6 +875,14 @@ def test_a_second_run_gets_a_folder_of_its_own(tmp_path, finished):
     (tmp_path / "link").symlink_to(tmp_path / "not mounted")
     with pytest.raises(UserError, match="another --out"):
         mc.make_folder(replace(TINY, out=str(tmp_path / "link")).resolve())
+
+
+def test_a_file_is_replaced_not_written_over(tmp_path):
+    mc.write_file(tmp_path / "a.json", dict(old=1))
+    os.link(tmp_path / "a.json", tmp_path / "before.json")  # the same file under another name
+    mc.write_file(tmp_path / "a.json", dict(new=2))
+    assert json.loads((tmp_path / "before.json").read_text()) == {"old": 1}
+    assert json.loads((tmp_path / "a.json").read_text()) == {"new": 2} and len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_full_disk_and_a_folder_without_access_lose_nothing(tmp_path, monkeypatch, finished):
