@@ -967,6 +967,12 @@ def test_a_run_that_diverges_does_not_stop_its_sweep(tmp_path, capsys):
     assert re.search(r"^wild .* nan .*\nA +1 +[\d.]+ ", capsys.readouterr().out, re.M)
 
 
+def test_a_setting_that_cannot_be_run_is_named_before_anything_is(tmp_path):
+    with pytest.raises(UserError, match="of bold .*temperature must be"):
+        mc.ablate({"NT-Xent": mc.OFF, "bold": dict(temperature=-1.0)}, [0], TINY, tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_every_sweep_is_compared_with_plain_nt_xent_whatever_the_flags():
     config = replace(TINY, positive_scale=0.5, emphasis=-1.0).resolve()
     for sweep, settings in mc.sweeps(config).items():
