@@ -791,7 +791,7 @@ def matched_controls(rows, config):
     if not full:
         return {}
     E, D, A = (sum(row[name] for row in full) / len(full) for name in "EDA")
-    scale, lr = max(round(E + D - 1, 3), 1e-3), round(A, 3)  # the mean of E * D, as one of the two is always 1
+    scale, lr = max(round(E + D - 1, 3), 1e-3), round(A, 3)  # E + D - 1: the mean of E * D, as one is always 1
     return {f"pull x {scale:g}": OFF | dict(positive_scale=scale),
             f"lr x {lr:g}": OFF | dict(positive_scale=1.0, lr=min(config.lr * lr, 1e3))}
 
