@@ -615,7 +615,7 @@ def backward(loss, network):
 
 
 def train_epoch(network, optimizer, images, epoch, config, live=False):
-    """One pass over images (N, 3, H, W) uint8, on the network's device, in full batches.
+    """One pass over images (N, 3, H, W) uint8, on the network's device, in full batches (config: resolved, amp set).
 
     Returns the epoch's row of metrics.csv, a dict of means: loss (NT-Xent, in nats), angle_degrees of the positives, E,
     D, A and their logs (log_D counts as -5 where D is smaller), past_crossover (the share of anchors at which D acts);
@@ -759,27 +759,26 @@ def run(config, on_epoch=None, *, folder=None, verbose=True):
 
 # ----------------------------------------------------------------------------------------------------------- Ablation
 LETTERS = dict(E="emphasis", D="deemphasis", A="attenuation")
-OFF, ON = dict.fromkeys(LETTERS.values(), 0.0), dict.fromkeys(LETTERS.values(), 1.0)
+OFF, ON = (dict.fromkeys(LETTERS.values(), s) | dict(positive_scale=1.0) for s in (0.0, 1.0))  # NT-Xent, the margin
 
 
 def sweeps(config):
     """{sweep: {setting: {knob: value}}}; the first setting of each is plain NT-Xent, the others' reference."""
     subsets = [subset for size in range(4) for subset in itertools.combinations(LETTERS, size)]
-    off, on = (strengths | dict(positive_scale=1.0) for strengths in (OFF, ON))
-    reference, dials = {"NT-Xent": off}, list(LETTERS.items())
+    reference, dials = {"NT-Xent": OFF}, list(LETTERS.items())
     return {
-        "switches": {"+".join(subset) or "NT-Xent": off | {LETTERS[letter]: 1.0 for letter in subset}
+        "switches": {"+".join(subset) or "NT-Xent": OFF | {LETTERS[letter]: 1.0 for letter in subset}
                      for subset in subsets},
-        "dials": reference | {f"{letter} x {s:g}": off | {name: s} for letter, name in dials
+        "dials": reference | {f"{letter} x {s:g}": OFF | {name: s} for letter, name in dials
                               for s in (-1.0, 0.5, 1.0, 2.0, 3.0)},
-        "dials-in-margin": reference | {"E+D+A": on} | {f"E+D+A, {letter} x {s:g}": on | {name: s}
+        "dials-in-margin": reference | {"E+D+A": ON} | {f"E+D+A, {letter} x {s:g}": ON | {name: s}
                                                         for letter, name in dials for s in (-1.0, 0.0, 0.5, 2.0)},
-        "positive-scale": reference | {f"pull x {s:g}": off | dict(positive_scale=s)
+        "positive-scale": reference | {f"pull x {s:g}": OFF | dict(positive_scale=s)
                                        for s in (0.5, 0.7, 0.85, 1.2, 1.4, 2.0)},
-        "margins": reference | {f"m = {m:g}": on | dict(margin=m) for m in (0.05, 0.1, 0.2, 0.4, 0.8)}
-                   | {f"m2 = {m2:g}": on | dict(margin=0.0, subtractive_margin=m2) for m2 in (0.1, 0.2, 0.4, 0.8)},
+        "margins": reference | {f"m = {m:g}": ON | dict(margin=m) for m in (0.05, 0.1, 0.2, 0.4, 0.8)}
+                   | {f"m2 = {m2:g}": ON | dict(margin=0.0, subtractive_margin=m2) for m2 in (0.1, 0.2, 0.4, 0.8)},
         "nt-xent": reference | {f"tau {tau:g}, lr {lr:g}" + f", pull x {pull:g}" * (pull != 1):
-                                off | dict(temperature=tau, lr=lr, positive_scale=pull) for pull in (1.0, 0.7)
+                                OFF | dict(temperature=tau, lr=lr, positive_scale=pull) for pull in (1.0, 0.7)
                                 for tau in (0.05, 0.1, 0.2) for lr in (config.lr * 2.0**i for i in range(-2, 3))}}
 
 
@@ -793,22 +792,24 @@ def matched_controls(rows, config):
     E, D, A = (sum(row[name] for row in full) / len(full) for name in "EDA")
     scale, lr = max(round(E + D - 1, 3), 1e-3), round(A, 3)  # E + D - 1: the mean of E * D, as one is always 1
     return {f"pull x {scale:g}": OFF | dict(positive_scale=scale),
-            f"lr x {lr:g}": OFF | dict(positive_scale=1.0, lr=min(config.lr * lr, 1e3))}
+            f"lr x {lr:g}": OFF | dict(lr=min(config.lr * lr, 1e3))}
 
 
 def ablation_run(job):
     """One run of an ablation, if it has not finished: (Config, folder) -> accuracies in percent and mean factors.
 
     nan for the accuracies on unseen sets if there are none (if several: their mean), for everything if it diverges."""
-    (config, folder), probed = job, list(itertools.product(("seen", "unseen"), ("linear", "knn")))
+    config, folder = job
+    row = dict.fromkeys(("seen_linear", "seen_knn", "unseen_linear", "unseen_knn", *FACTORS), math.nan)
     finished = folder / "results.json"
     try:
         results = json.loads(finished.read_text()) if finished.exists() else run(config, folder=folder, verbose=False)
     except Diverged:
-        return dict.fromkeys([*map("_".join, probed), *FACTORS], math.nan)
-    values = [[row[kind] for row in results["probes"] if row["role"] == role] for role, kind in probed]
-    accuracies = {"_".join(name): sum(v) / len(v) if v else math.nan for name, v in zip(probed, values)}
-    return accuracies | {name: results["train"][f"mean_{name}"] for name in FACTORS}
+        return row
+    for role, kind in itertools.product(("seen", "unseen"), ("linear", "knn")):
+        if accuracies := [probed[kind] for probed in results["probes"] if probed["role"] == role]:
+            row[f"{role}_{kind}"] = sum(accuracies) / len(accuracies)
+    return row | {name: results["train"][f"mean_{name}"] for name in FACTORS}
 
 
 def start_worker(threads):
@@ -866,17 +867,18 @@ def summarise(rows):
 
 
 def draw_ablation(rows):
-    """A Figure of the linear probes, less NT-Xent's of the same seed: a dot for each seed, a bar for the mean."""
-    table, reference = summarise(rows), {}
+    """A Figure of the linear probes, less the first setting's of that seed: a dot for a seed, a bar for the mean."""
+    table = summarise(rows)
     settings = [row["setting"] for row in table]
+    reference = {row["seed"]: row for row in rows if row["setting"] == settings[0]}
     figure = Figure(figsize=(9, 1.2 + 0.25 * len(settings)), layout="constrained")
     for axes, role in zip(figure.subplots(1, 2, sharex=True, sharey=True), ("seen", "unseen")):
         for row in rows:
-            first = reference.setdefault((role, row["seed"]), row[f"{role}_linear"])  # NT-Xent comes first
-            axes.plot(row[f"{role}_linear"] - first, settings.index(row["setting"]), "ko", alpha=0.4)
+            above = row[f"{role}_linear"] - reference[row["seed"]][f"{role}_linear"]
+            axes.plot(above, settings.index(row["setting"]), "ko", alpha=0.4)
         axes.plot([row[f"{role}_linear_difference"] for row in table], range(len(table)), "k|", markersize=18)
         axes.axvline(0, color="grey", linewidth=0.8)
-        axes.set(xlabel=f"linear probe, {role}: points above NT-Xent", yticks=range(len(settings)))
+        axes.set(xlabel=f"linear probe, {role}: points above {settings[0]}", yticks=range(len(settings)))
     axes.set(yticklabels=settings, ylim=(len(settings) - 0.5, -0.5))
     return figure
 
@@ -914,7 +916,7 @@ def make_parser():
         else:
             parser.add_argument(flag, type=f.type, choices=choices, help=text,
                                 metavar=None if choices else f.type.__name__.upper())
-        if f.name in OFF:
+        if f.name in LETTERS.values():
             parser.add_argument(f"--no-{f.name}", dest=f.name, action="store_const", const=0.0, help=f"{flag} 0")
     names = list(sweeps(Config().resolve()))
     parser.add_argument("--resume", metavar="RUN_FOLDER", help="go on with a run that was stopped, as it began")
@@ -951,7 +953,7 @@ def main(argv=None):
             config = replace(read_checkpoint(folder)["config"] if folder else Config(), **given).resolve()
         if sweep in (None, "switches", "dials", "dials-in-margin") and not (config.margin or config.subtractive_margin):
             print("warning: both margins are 0, so that E = D = A = 1 and no switch has an effect", file=sys.stderr)
-        elif sweep is None and not any(getattr(config, name) for name in OFF):
+        elif sweep is None and not any(getattr(config, name) for name in LETTERS.values()):
             print("warning: emphasis, deemphasis and attenuation are all 0: the margin has no effect", file=sys.stderr)
         if WORLD > 1:
             cuda = torch.cuda.is_available() and config.device in ("auto", "cuda")

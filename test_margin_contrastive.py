@@ -193,7 +193,7 @@ def test_degenerate_embeddings_have_finite_gradients_at_any_setting(dtype):
         for tau, margin, strength in itertools.product((1e-3, 0.2, 1e3), (0.0, 0.2, 3.1), (-5.0, -1.0, 0.0, 1.0, 5.0)):
             z = first.clone().requires_grad_(), second.clone().requires_grad_()
             loss = mc.margin_contrastive_loss(*z, temperature=tau, margin=margin, subtractive_margin=2.0,
-                                              **dict.fromkeys(mc.OFF, strength))
+                                              **dict.fromkeys(mc.LETTERS.values(), strength))
             loss.backward()
             assert loss.isfinite() and all(x.grad.isfinite().all() for x in z)
             assert all((x.grad[x.detach().norm(dim=1) == 0] == 0).all() for x in z)
@@ -977,7 +977,7 @@ def test_every_sweep_is_compared_with_plain_nt_xent_whatever_the_flags():
     config = replace(TINY, positive_scale=0.5, emphasis=-1.0).resolve()
     for sweep, settings in mc.sweeps(config).items():
         first = replace(config, **next(iter(settings.values())))
-        assert first.positive_scale == 1 and not any(getattr(first, name) for name in mc.OFF), sweep
+        assert first.positive_scale == 1 and not any(getattr(first, name) for name in mc.LETTERS.values()), sweep
         assert (config.emphasis, config.positive_scale) not in {
             (job.emphasis, job.positive_scale) for job in (replace(config, **s) for s in settings.values())}, sweep
 
@@ -1002,7 +1002,8 @@ def test_the_controls_match_the_margin_and_know_no_angle():
     rows.append(dict(setting="E+D+A", seed=2, E=math.nan, D=math.nan, A=math.nan))  # one that diverged
     (pull, lr) = mc.matched_controls(rows, Config().resolve()).values()
     assert pull == mc.OFF | {"positive_scale": 1.25} and lr["lr"] == pytest.approx(1.1 * Config().resolve().lr)
-    assert {name: lr[name] for name in mc.OFF} == mc.OFF and lr["positive_scale"] == 1
+    assert {name: lr[name] for name in mc.OFF} == mc.OFF
+    assert mc.OFF == dict(emphasis=0, deemphasis=0, attenuation=0, positive_scale=1)
     assert mc.matched_controls(rows[2:], Config().resolve()) == {}
     extreme = mc.matched_controls([dict(setting="E+D+A", seed=0, E=1.0, D=0.0, A=1e5)], Config().resolve())
     assert [replace(Config(), **control).resolve() for control in extreme.values()]  # whatever happened, it can be run
