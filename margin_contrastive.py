@@ -121,7 +121,7 @@ def crop_and_flip(images, top, left, height, width, flip):
     grid = []
     for start, length, size in (left, width, images.shape[3]), (top, height, images.shape[2]):
         pixel = (torch.arange(size, device=images.device) + 0.5) / size * length - 0.5
-        pixel = torch.minimum(pixel.clamp(min=0), length - 1)  # so no padding is needed
+        pixel = torch.minimum(pixel.clamp(min=0), length - 1)  # no padding is needed
         grid.append((2 * (start + pixel) + 1) / size - 1)
     x, y = grid
     x = torch.where(flip, x.flip(2), x)
@@ -258,7 +258,7 @@ class Model(nn.Module):
                            nn.MaxPool2d(pool), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
                 inputs = outputs
             self.encoder = nn.Sequential(*layers, nn.MaxPool2d(2), nn.Flatten())  # 2x2 places
-        # its BatchNorm spreads the embeddings from the start
+        # its BatchNorm spreads embeddings from the start
         self.projector = nn.Sequential(
             nn.Linear(features, 2 * features), nn.BatchNorm1d(2 * features), nn.ReLU(inplace=True),
             nn.Linear(2 * features, 128), nn.BatchNorm1d(128, affine=False))
@@ -309,7 +309,7 @@ def probe(model, train, test):
     return linear_probe(*data), knn(*data)
 
 # ---- 6. Training
-# set by torchrun: which process this is, of how many
+# by torchrun: which process, of how many
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 @dataclass(frozen=True)
@@ -319,7 +319,7 @@ class Config:
     dataset: str = "glyphs"  # NAME: glyphs, cifar10, ... or folder:DIR
     unseen: tuple = ("digits",)  # NAME: another to probe on; repeatable
     data_dir: str = "data"  # DIR: where downloads go
-    max_images: int = 0  # N: images of each split, 0 for all
+    max_images: int = 0  # N: images a split, 0 for all
     validation: bool = False  # probe on a held-out fifth of train
     # views
     crop_min: float = 0.5  # SHARE: least share of the area in a crop
@@ -525,7 +525,8 @@ def run(config, on_epoch=None, *, folder=None, untrained=True, verbose=True):
     panels = ["loss"], ["angle"], ["log_E", "log_D", "log_A"]
     for axes, names in zip(figure.subplots(1, 3), panels):
         for name in names:
-            axes.plot([row[name] for row in history], "o-", label=name)
+            axes.plot(range(1, len(history) + 1), [row[name] for row in history], "o-", label=name)
+        axes.set(xlabel="epoch")
         axes.legend()
     figure.savefig(folder / "curves.png", dpi=150)
     means = {name: sum(row[name] for row in history) / len(history) for name in history[0]}
@@ -578,7 +579,7 @@ def ablate(settings, seeds, config, folder, say=print):
         job = replace(config, **settings[name], seed=seed)
         jobs.append((name, job, Path(folder, f"{name}-seed{seed}")))
     finished = sum((job_folder / "results.json").exists() for _, _, job_folder in jobs)
-    say(f"{len(jobs)} runs in {folder}, {finished} finished before")
+    say(f"{len(jobs)} runs in {folder}, {finished} finished")
     workers = torch.get_num_threads() if config.device == "cpu" else 1
     deaf = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # to Ctrl-C
     with multiprocessing.get_context("spawn").Pool(workers, *deaf) as pool:
@@ -632,7 +633,7 @@ def make_parser():
         allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
     source, _, _ = inspect.getsource(Config).partition("    def ")
-    # a line of its own names a group, behind a setting stands "METAVAR: help"
+    # a line of its own names a group; else "METAVAR: help"
     for name, comment in re.findall(r"^    (\w*).*?# (.*)", source, re.M):
         metavar, _, text = comment.rpartition(": ")
         if not name:
@@ -650,7 +651,7 @@ def make_parser():
         "--ablate", action="store_true", help="all switches and two controls, 10 runs a seed (2 "
         "minutes for letters), in a folder in OUT")
     group.add_argument("--seeds", type=int, metavar="N", help="seeds of --ablate (3)")
-    group.add_argument("--resume", metavar="FOLDER", help="go on with a run that was stopped")
+    group.add_argument("--resume", metavar="FOLDER", help="go on with a stopped run")
     return parser
 
 def main(argv=None):
