@@ -171,7 +171,7 @@ GLYPHS = {  # name: (characters, {split: (number of images, seed)})
     "digits": ("0123456789", {"train": (2000, 2), "test": (2000, 3)})}
 FONTS = """DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSerif
     DejaVuSerif-Bold DejaVuSerif-Italic STIXGeneral STIXGeneralBol STIXGeneralItalic
-    cmr10 cmb10 cmss10 cmtt10 cmti10""".split()  # they come with matplotlib
+    cmr10 cmb10 cmss10 cmtt10 STIXGeneralBolIta""".split()  # they come with matplotlib
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "svhn": "SVHN",
                "fashion-mnist": "FashionMNIST"}
 
@@ -184,7 +184,10 @@ def glyphs(characters, count, seed):
     fonts = Path(matplotlib.get_data_path(), "fonts", "ttf")
     stencils = torch.zeros(len(FONTS), len(characters), 1, 48, 48)
     for i, name in enumerate(FONTS):
-        font = ImageFont.truetype(fonts / f"{name}.ttf", 32)
+        try:
+            font = ImageFont.truetype(str(fonts / f"{name}.ttf"), 32)
+        except OSError as error:
+            raise UserError(f"{fonts / name}.ttf, a font of matplotlib's: {error}")
         for j, character in enumerate(characters):
             drawing = Image.new("L", (48, 48))
             ImageDraw.Draw(drawing).text((24, 24), character, fill=255, font=font, anchor="mm")
