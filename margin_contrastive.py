@@ -1,620 +1,1047 @@
 """Margins in contrastive learning: what a margin does to the gradient, one effect at a time.
 
-A contrastive loss pulls the two views of an image together (the positive pair) and pushes all
-others apart. A margin makes the positive look worse than it is, by an angle m or a cosine m2.
-Rho et al. (arXiv:2306.11526, abstract of v1) found three effects on the gradient. In this
-project's reading they are exact factors, each with a switch:
+An encoder sees two random views of each image. A contrastive loss pulls the two views of an image
+together (the positive pair) and pushes the views of all other images away (the negatives). A margin
+makes the positive pair look farther apart than it is, by an angle. Rho et al. (arXiv:2306.11526,
+abstract of v1) found that it changes the gradient in three ways. In this project's reading they are
+three exact factors on the gradient of NT-Xent, SimCLR's loss, each with a switch:
 
-    E  emphasis, >= 1     pulls the positive harder while its angle is small  --no-emphasis
-    D  de-emphasis, <= 1  pulls it more softly at wide angles                 --no-deemphasis
-    A  attenuation, >= 1  lets a nearly right anchor's gradient fade less     --no-attenuation
-All on: the gradient of the margin loss. All off: that of NT-Xent, SimCLR's loss.
+    E  emphasis, at least 1     pulls a positive pair harder at small angles     --no-emphasis
+    D  de-emphasis, at most 1   pulls a positive pair more softly at wide ones   --no-deemphasis
+    A  attenuation, at least 1  keeps the gradient of a view that is nearly right from fading (it
+                                attenuates the *diminishing* of the gradient)    --no-attenuation
 
-    python margin_contrastive.py --margin 0.2 --no-attenuation   train on letters, probe
-    python margin_contrastive.py --ablate                        all switches, two controls
-    torchrun --nproc_per_node=2 margin_contrastive.py            two processes
+All three on is the gradient of the margin loss, all three off that of NT-Xent.
+
+    python margin_contrastive.py --margin 0.2 --no-attenuation   train on letters, then probe
+    python margin_contrastive.py --ablate                        all switches, and two controls
+
+Sections 1 to 4 and train_epoch are the method. The rest is data, settings, runs and tables.
 """
+
 import argparse
 import csv
-import difflib
 import functools
-import inspect
 import itertools
 import json
 import math
-import multiprocessing.pool
-import os
+import multiprocessing
+import pickle
 import re
 import signal
 import time
-from dataclasses import dataclass, replace
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.distributed.nn  # or gloo's threads outlive it
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
-# ---- 1. Loss
+# torchvision is imported where it is used: that takes two seconds, and letters do not need it
+
+# ---- 1. Loss -------------------------------------------------------------------------------------
+# For one anchor: c = cos(theta) with its positive, others = logsumexp of cos(theta_k) / tau over
+# its negatives k. The positive's probability, by the softmax, is p = sigmoid(-u).
+#   NT-Xent      L  = softplus(u),  u = others - c / tau
+#                dL = sigmoid(u) * (d others - dc / tau)
+#   A margin m   puts cos(theta + m) for c; u becomes u + delta, delta = (c - cos(theta + m)) / tau
+#                dL = sigmoid(u + delta) * (d others - g dc / tau),  g = sin(theta + m) / sin(theta)
+#   Divide       the pull on the positive is multiplied by g = E * D, E = max(g, 1), D = min(g, 1),
+#                all that the anchor does by A = sigmoid(u + delta) / sigmoid(u)
+
+
 def pair_terms(z1, z2, *, temperature):
-    """(c, others), (2N,): each anchor's cosine with its positive, and the logsumexp of its 2N - 2
-    negatives' cosines / temperature. z1, z2: (N, dim) embeddings of two views, N >= 2, normalised
-    here. float32, or float64 as z1 (not TF32). ValueError for other shapes."""
+    """Each anchor's c and others, as defined above, when all 2N views of a batch are anchors.
+
+    z1, z2: (N, dim) embeddings of the two views of N >= 2 images, normalised here. Returns two
+    tensors (2N,), float32 or, as z1, float64. ValueError for other shapes.
+    """
     if z1.shape != z2.shape or z1.ndim != 2 or len(z1) < 2:
-        raise ValueError(f"not (N, dim), N >= 2: {tuple(z1.shape)}, {tuple(z2.shape)}")
-    with torch.autocast(z1.device.type, enabled=False):  # exp(cosine / temperature) wants float32
-        n, z = len(z1), torch.cat([z1, z2])
-        z = z if z.dtype == torch.float64 else z.float()
-        length = z.norm(dim=1, keepdim=True)
-        z = z / length.masked_fill(length < 1e-12, torch.inf)
-        c = (z[:n] * z[n:]).sum(1).repeat(2)
+        raise ValueError(f"not (N, dim) twice, N >= 2: {tuple(z1.shape)}, {tuple(z2.shape)}")
+    n = len(z1)
+    with torch.autocast(z1.device.type, enabled=False):  # else the product is in half precision
+        z = torch.cat([z1, z2])
+        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)))
+        c = (z[:n] * z[n:]).sum(dim=1).repeat(2)
+        logits = (z / temperature) @ z.T
+        # rows and columns i and i + n are one image: the anchor or its positive, not a negative
         same_image = torch.eye(n, dtype=torch.bool, device=z.device).repeat(2, 2)
-        logits = ((z / temperature) @ z.T).masked_fill_(same_image, -torch.inf)
-        return c, logits.logsumexp(1)
+        others = logits.masked_fill_(same_image, -torch.inf).logsumexp(dim=1)
+    return c, others
+
 
 @torch.no_grad()
-def log_gradient_factors(c, u, *, temperature, margin, subtractive_margin=0.0):
-    """(log_E, log_D, log_A) of a margin m in radians, for c = cos(theta) of the positive and
-    u = others - c / temperature, of any one shape. E acts below theta = (pi - m) / 2, D above; past
-    pi - m, where D is 0, log_D is -40."""
-    sin = ((1 - c) * (1 + c)).clamp(min=torch.finfo(c.dtype).eps).sqrt()
-    g = math.cos(margin) + math.sin(margin) * c / sin  # d cos(theta + m) / d cos(theta)
-    moved = torch.where(g > 0, c * math.cos(margin) - sin * math.sin(margin), -1.0)
-    delta = (c - moved + subtractive_margin) / temperature  # u becomes u + delta
-    log_E = g.clamp(min=1).log()
-    log_D = g.clamp(min=math.exp(-40), max=1).log()
-    log_A = F.logsigmoid(u + delta) - F.logsigmoid(u)  # sigmoid(u + delta) / sigmoid(u)
-    return log_E, log_D, log_A
+def gradient_factors(c, u, *, temperature, margin, subtractive_margin=0.0):
+    """(E, D, log A) of a margin in radians, each of the shape of c.
 
-def margin_loss(c, others, *, temperature=0.2, margin=0.2, subtractive_margin=0.0, emphasis=1.0,
-                deemphasis=1.0, attenuation=1.0, positive_scale=1.0, return_factors=False):
-    """NT-Xent whose gradient is scaled as a margin scales it, each of the three effects apart.
-    c, others: any one shape, from pair_terms, a queue (MoCo) or another modality (CLIP). margin is
-    in radians (ArcFace's), subtractive_margin in cosine (CosFace's); emphasis, deemphasis and
-    attenuation are strengths, exponents of E, D, A: 1 as in the margin, 0 off. ValueError if out of
-    range. The *value* is NT-Xent's: the margin is in the (first) gradient. return_factors:
-    (loss, c, log_E, log_D, log_A), all but the loss detached."""
-    for name, value, low, high in (
-            ("temperature", temperature, 1e-6, 1e6), ("margin (in radians)", margin, 0, math.pi),
-            ("subtractive_margin", subtractive_margin, 0, 1e6), ("emphasis", emphasis, -1e6, 1e6),
-            ("deemphasis", deemphasis, -1e6, 1e6), ("attenuation", attenuation, -1e6, 1e6),
-            ("positive_scale", positive_scale, 1e-6, 1e6)):
-        if not low <= value < high:
-            raise ValueError(f"{name} must be in [{low:g}, {high:g}), not {value!r}")
-    with torch.autocast(c.device.type, enabled=False):
-        u = others - c / temperature
-        nt_xent = -F.logsigmoid(-u).mean()  # softplus(u) = -log p, where p is the softmax's
-        log_E, log_D, log_A = log_gradient_factors(
-            c, u, temperature=temperature, margin=margin, subtractive_margin=subtractive_margin)
-        # NT-Xent has sigmoid(u) * (d others - dc / temperature); A scales sigmoid(u), E and D dc
-        pull = positive_scale * (emphasis * log_E + deemphasis * log_D).clamp(-40, 40).exp()
-        weight = (F.logsigmoid(u) + attenuation * log_A).clamp(max=20).exp().detach()
-        scaled = (weight * (others - pull * c / temperature)).mean()
-        loss = nt_xent.detach() + (scaled - scaled.detach())  # value nt_xent, slope scaled
-    return (loss, c.detach(), log_E, log_D, log_A) if return_factors else loss
+    c: cosine with the positive; u: others - c / temperature. subtractive_margin is taken off the
+    cosine; it adds to delta and, a constant, leaves g alone. E acts below (pi - margin) / 2, where
+    g is 1, D above. A is given by its logarithm, as it can be as large as exp(delta).
+    """
+    # 0 at theta = 0 and pi: there eps keeps g finite, at most sin(margin) / sqrt(eps)
+    sin = ((1 - c) * (1 + c)).clamp(min=torch.finfo(c.dtype).eps).sqrt()
+    g = math.cos(margin) + math.sin(margin) * c / sin  # = sin(theta + margin) / sin(theta)
+    shifted = c * math.cos(margin) - sin * math.sin(margin)  # = cos(theta + margin)
+    # past pi - margin the shifted angle stays at pi: its cosine is -1 and has no slope
+    shifted = torch.where(g > 0, shifted, -1.0)
+    g = g.clamp(min=0)
+    delta = (c - shifted + subtractive_margin) / temperature
+    log_A = F.logsigmoid(u + delta) - F.logsigmoid(u)
+    return g.clamp(min=1), g.clamp(max=1), log_A
+
+
+def check_range(name, value, low, high):
+    """ValueError unless low <= value <= high, which also refuses nan."""
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be from {low:g} to {high:g}, not {value!r}")
+
+
+def check_loss_settings(
+    temperature, margin, subtractive_margin, emphasis, deemphasis, attenuation, positive_scale
+):
+    """ValueError that names the setting of margin_loss that is out of range, and its value."""
+    check_range("temperature", temperature, 1e-6, 1e6)
+    check_range("margin, in radians,", margin, 0, 3.14)  # at pi nothing would be pulled
+    check_range("subtractive_margin", subtractive_margin, 0, 1e6)
+    check_range("emphasis", emphasis, 0, 4)  # 0**-1 is infinite, and E**5 leaves float32's range
+    check_range("deemphasis", deemphasis, 0, 4)
+    check_range("attenuation", attenuation, 0, 4)
+    check_range("positive_scale", positive_scale, 1e-6, 1e6)
+
+
+def margin_loss(
+    c,
+    others,
+    *,
+    temperature=0.2,
+    margin=0.2,
+    subtractive_margin=0.0,
+    emphasis=1.0,
+    deemphasis=1.0,
+    attenuation=1.0,
+    positive_scale=1.0,
+):
+    """NT-Xent with its gradient scaled as a margin scales it, each of the three effects apart.
+
+    c, others: of one shape, from pair_terms, a queue (MoCo) or another modality (CLIP). margin is
+    in radians (ArcFace's), subtractive_margin in cosine (CosFace's). emphasis, deemphasis and
+    attenuation are strengths, exponents of E, D, A: 1 as in the margin, 0 off. positive_scale is a
+    constant on all pulls. Returns a scalar: its *value* is NT-Xent's, the margin is in its (first)
+    gradient alone. ValueError for unlike shapes or a setting out of range.
+    """
+    if c.shape != others.shape:
+        raise ValueError(f"c and others differ: {tuple(c.shape)}, {tuple(others.shape)}")
+    check_loss_settings(
+        temperature, margin, subtractive_margin, emphasis, deemphasis, attenuation, positive_scale
+    )
+    # float32 at least: half precision is too coarse for exponentials
+    c = c.to(torch.promote_types(c.dtype, torch.float32))
+    others = others.to(c.dtype)
+    u = others - c / temperature
+    E, D, log_A = gradient_factors(
+        c, u, temperature=temperature, margin=margin, subtractive_margin=subtractive_margin
+    )
+    pull = positive_scale * E**emphasis * D**deemphasis
+    # sigmoid(u) * A**attenuation, by logarithms; above 1 only for attenuation > 1, hence the limit
+    weight = (F.logsigmoid(u) + attenuation * log_A).clamp(max=20).exp().detach()
+    # linear in others and c, the factors constant: its gradient is the last line of the derivation
+    scaled = (weight * (others - pull * c / temperature)).mean()
+    nt_xent = -F.logsigmoid(-u).mean()  # softplus(u) = -log p; F.softplus is cut to u past 20
+    # (x - x.detach()) is 0 and has x's gradient: NT-Xent's value with the scaled slope
+    return nt_xent.detach() + (scaled - scaled.detach())
+
 
 def margin_contrastive_loss(z1, z2, *, temperature=0.2, margin=0.2, **settings):
-    """margin_loss of SimCLR's pairs, z1 and z2 as in pair_terms."""
+    """margin_loss of SimCLR's pairs: z1, z2 as in pair_terms, settings as in margin_loss."""
     c, others = pair_terms(z1, z2, temperature=temperature)
     return margin_loss(c, others, temperature=temperature, margin=margin, **settings)
 
-def textbook_margin_loss(z1, z2, *, temperature, margin, subtractive_margin=0.0):
-    """The ordinary way, for comparison: the margin in the positive's logit, and autograd."""
-    n, z = len(z1), F.normalize(torch.cat([z1, z2]))
-    partner = z.roll(n, 0)
-    # not arccos, which loses its digits near 0 and pi
-    theta = 2 * torch.atan2((z - partner).norm(dim=1), (z + partner).norm(dim=1))
-    positive = torch.cos((theta + margin).clamp(max=math.pi)) - subtractive_margin
-    target = torch.arange(2 * n, device=z.device).roll(n)
-    cosines = (z @ z.T).fill_diagonal_(-torch.inf).scatter(1, target[:, None], positive[:, None])
-    return F.cross_entropy(cosines / temperature, target)
 
-# ---- 2. Augmentation
-def crop_and_flip(images, top, left, height, width, flip):
-    """Each image's box, in pixels, resized to the image and mirrored where flip, as torchvision
-    does. images: (N, 3, H, W) float; the others: (N, 1, 1)."""
-    grid = []
-    for start, length, size in (left, width, images.shape[3]), (top, height, images.shape[2]):
-        pixel = (torch.arange(size, device=images.device) + 0.5) / size * length - 0.5
-        pixel = torch.minimum(pixel.clamp(min=0), length - 1)  # no padding is needed
-        grid.append((2 * (start + pixel) + 1) / size - 1)
-    x, y = grid
+# ---- 2. Views ------------------------------------------------------------------------------------
+def sample_points(start, length, size):
+    """Where `size` pixels lie that divide the stretch [start, start + length) of one side evenly.
+
+    start, length: (N, 1, 1) in pixels; size: of the side, before and after. Returns (N, 1, size) in
+    grid_sample's unit, in which -1 and 1 are the two edges of the image.
+    """
+    pixel = (torch.arange(size, device=start.device) + 0.5) / size * length - 0.5
+    # not beyond the centres of the box's own border pixels: torchvision, too, sees nothing outside,
+    # and padding_mode="border" is missing on Apple's GPUs (pytorch 125098)
+    pixel = torch.minimum(pixel.clamp(min=0), length - 1)
+    return (2 * (start + pixel) + 1) / size - 1
+
+
+def crop_and_flip(images, *, top, left, height, width, flip):
+    """Each image's own box, resized to the image, and mirrored where flip is True.
+
+    images: (N, 3, H, W) float; the box, (N, 1, 1) each, in pixels; flip: (N, 1, 1) bool.
+    """
+    x = sample_points(left, width, images.shape[3])
+    y = sample_points(top, height, images.shape[2])
     x = torch.where(flip, x.flip(2), x)
-    points = torch.stack(torch.broadcast_tensors(x, y.transpose(1, 2)), dim=3)
-    return F.grid_sample(images, points, align_corners=False)
+    x, y = torch.broadcast_tensors(x, y.transpose(1, 2))  # (N, H, W) each
+    grid = torch.stack([x, y], dim=3)
+    # Apple's GPUs read channels-last images wrongly (pytorch 174339); no copy if contiguous
+    return F.grid_sample(images.contiguous(), grid, align_corners=False)
+
 
 def grey(rgb):
-    """(N, 3, ...) -> (N, 1, ...), luma as torchvision has it."""
+    """(N, 3, ...) -> (N, 1, ...), with the weights that torchvision gives red, green and blue."""
     return 0.2989 * rgb[:, 0:1] + 0.587 * rgb[:, 1:2] + 0.114 * rgb[:, 2:3]
 
-def jitter_colors(images, brightness, contrast, saturation, hue, to_grey):
-    """Each image's colours changed by (N, 1, 1) factors, turns of hue, a bool. Unlike torchvision
-    in this order, clamped once, and hue turns the RGB cube about its grey axis."""
-    identity, angle = torch.eye(3, device=images.device), 2 * math.pi * hue
-    third = identity.roll(1, 0)
-    turn = angle.cos() * identity + angle.sin() / 3**0.5 * (third - third.T) + (1 - angle.cos()) / 3
+
+def jitter_colors(images, *, brightness, contrast, saturation, hue, to_grey):
+    """Change each image's colours, by one 3x3 matrix and one offset an image.
+
+    images: (N, 3, H, W) in [0, 1]. brightness, contrast, saturation: (N, 1, 1) factors, 1 for no
+    change; hue: (N, 1, 1) in turns; to_grey: (N, 1, 1) bool. Unlike torchvision in this order, with
+    one clamp at the end, and with a hue that turns the RGB cube about its grey axis.
+    """
+    identity = torch.eye(3, device=images.device)
+    red_to_green = identity.roll(1, 0)  # a third of a turn: green becomes blue, blue red
+    # Rodrigues' rotation about the axis (1, 1, 1)
+    angle = 2 * math.pi * hue
+    sideways = (red_to_green - red_to_green.T) / 3**0.5
+    hue_rotation = angle.cos() * identity + angle.sin() * sideways + (1 - angle.cos()) / 3
+
     colors = brightness * contrast * identity
+    # contrast is about the image's mean grey; the steps below do not change a grey
     offset = brightness * (1 - contrast) * grey(images.mean((2, 3)))[:, :, None]
     colors = saturation * colors + (1 - saturation) * grey(colors)
-    colors = turn @ colors
+    colors = hue_rotation @ colors
     colors = torch.where(to_grey, grey(colors), colors)
+    # applied once: three times as fast as five passes over the pixels
     return torch.baddbmm(offset, colors, images.flatten(2)).clamp(0, 1).view_as(images)
 
+
 def augment(images, *, crop_min=0.2, color_strength=0.5, gray_prob=0.1, flip=True):
-    """SimCLR's random view of each image, (N, 3, H, W) float in [0, 1], the whole batch at once.
-    A crop of crop_min to 1 of the area, aspect ratio 3/4 to 4/3 (torchvision draws until it fits,
-    here a side is cut); half are mirrored, 80% jittered."""
+    """A random view of each image, SimCLR's; the whole batch at once, on its device.
+
+    images: (N, 3, H, W) float in [0, 1]. A crop keeps crop_min to 1 of the area at an aspect ratio
+    of 3/4 to 4/3; half of the views are mirrored if flip, 80% change colour, gray_prob turn grey.
+    """
     n, _, height, width = images.shape
-    def uniform(low, high):
+
+    def uniform(low, high):  # one number for each image
         return torch.empty(n, 1, 1, device=images.device).uniform_(low, high)
+
     area = height * width * uniform(crop_min, 1)
     aspect = uniform(math.log(3 / 4), math.log(4 / 3)).exp()
-    h = (area / aspect).sqrt().clamp(max=height)
-    w = (area * aspect).sqrt().clamp(max=width)
-    top, left = uniform(0, 1) * (height - h), uniform(0, 1) * (width - w)
-    views = crop_and_flip(images, top, left, h, w, (uniform(0, 1) < 0.5) & flip)
+    # torchvision draws again until a box fits; here a side that is too long is cut
+    crop_height = (area / aspect).sqrt().clamp(max=height)
+    crop_width = (area * aspect).sqrt().clamp(max=width)
+    views = crop_and_flip(
+        images,
+        top=uniform(0, 1) * (height - crop_height),
+        left=uniform(0, 1) * (width - crop_width),
+        height=crop_height,
+        width=crop_width,
+        flip=uniform(0, 1) < (0.5 if flip else 0),
+    )
+    # SimCLR's jitter of strength s: 0.8 s for brightness, contrast, saturation; 0.2 s for hue
     strength = color_strength * (uniform(0, 1) < 0.8)
-    brightness = 1 + 0.8 * strength * uniform(-1, 1)
-    contrast = 1 + 0.8 * strength * uniform(-1, 1)
-    saturation = 1 + 0.8 * strength * uniform(-1, 1)
-    hue = 0.2 * strength * uniform(-1, 1)
-    return jitter_colors(views, brightness, contrast, saturation, hue, uniform(0, 1) < gray_prob)
+    return jitter_colors(
+        views,
+        brightness=1 + 0.8 * strength * uniform(-1, 1),
+        contrast=1 + 0.8 * strength * uniform(-1, 1),
+        saturation=1 + 0.8 * strength * uniform(-1, 1),
+        hue=0.2 * strength * uniform(-1, 1),
+        to_grey=uniform(0, 1) < gray_prob,
+    )
 
-# ---- 3. Data
+
+# ---- 3. Encoder ----------------------------------------------------------------------------------
+def small_encoder():
+    """(N, 3, 32, 32) -> features (N, 192); small enough for a laptop's CPU."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, kernel_size=3, stride=2, padding=1, bias=False),  # BatchNorm has a bias
+        nn.BatchNorm2d(16),
+        nn.ReLU(inplace=True),  # 16 channels, 16x16 places
+        nn.Conv2d(16, 24, kernel_size=3, padding=1, bias=False),
+        nn.MaxPool2d(2),
+        nn.BatchNorm2d(24),
+        nn.ReLU(inplace=True),  # 24 channels, 8x8 places
+        nn.Conv2d(24, 48, kernel_size=3, padding=1, bias=False),
+        nn.MaxPool2d(2),
+        nn.BatchNorm2d(48),
+        nn.ReLU(inplace=True),  # 48 channels, 4x4 places
+        nn.MaxPool2d(2),
+        nn.Flatten(),  # 48 channels, 2x2 places
+    )
+
+
+def resnet18_encoder():
+    """(N, 3, 32, 32) -> features (N, 512); for small photographs a 3x3 stem and no max-pool."""
+    from torchvision.models import resnet18
+
+    encoder = resnet18(weights=None)
+    encoder.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+    encoder.maxpool = nn.Identity()
+    encoder.fc = nn.Identity()
+    return encoder
+
+
+class Model(nn.Module):
+    """Images (N, 3, 32, 32) float in [0, 1] -> (h, z): features (N, 192) of the small encoder or
+    (N, 512) of resnet18, which the probes use; embeddings (N, 128), which the loss compares."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = resnet18_encoder() if encoder == "resnet18" else small_encoder()
+        features = 512 if encoder == "resnet18" else 192
+        self.projector = nn.Sequential(
+            nn.Linear(features, 2 * features),
+            nn.BatchNorm1d(2 * features),
+            nn.ReLU(inplace=True),
+            nn.Linear(2 * features, 128),
+            nn.BatchNorm1d(128, affine=False),  # spreads the embeddings from the first step
+        )
+
+    def forward(self, images):
+        h = self.encoder(images)
+        return h, self.projector(h)
+
+
+# ---- 4. Probes -----------------------------------------------------------------------------------
+@torch.no_grad()
+def extract_features(model, images):
+    """Features (N, F) of images (N, 3, 32, 32) uint8. Puts the model in eval mode."""
+    model.eval()
+    device = next(model.parameters()).device
+    return torch.cat([model.encoder(batch.to(device) / 255) for batch in images.split(500)])
+
+
+def linear_probe(h_train, y_train, h_test, y_test):
+    """Test accuracy in percent of logistic regression on standardised features.
+
+    h_train, h_test: (N, F) float; y_train, y_test: (N,) int64.
+    """
+    mean = h_train.mean(0)
+    std = h_train.std(0).clamp(min=1e-6)  # a feature may be 0 for all images
+    x_train = (h_train - mean) / std
+    x_test = (h_test - mean) / std
+    classes = int(y_train.max()) + 1
+    coefficients = x_train.new_zeros(x_train.shape[1], classes).requires_grad_()
+    biases = x_train.new_zeros(classes).requires_grad_()
+    # ends when the gradient is next to 0, within 200 iterations; not at a small step, as by default
+    ending = {"max_iter": 200, "max_eval": 1000, "tolerance_grad": 1e-5, "tolerance_change": 0}
+    optimizer = torch.optim.LBFGS(
+        [coefficients, biases], history_size=20, line_search_fn="strong_wolfe", **ending
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        cross_entropy = F.cross_entropy(x_train @ coefficients + biases, y_train)
+        # the weak penalty keeps the optimum finite where the classes can be separated
+        loss = cross_entropy + 0.005 * coefficients.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    guesses = (x_test @ coefficients + biases).argmax(1)
+    return 100 * (guesses == y_test).float().mean().item()
+
+
+def knn(h_train, y_train, h_test, y_test, *, k=10):
+    """Test accuracy in percent of the majority of the k nearest training features by cosine.
+
+    h_train, h_test: (N, F) float; y_train, y_test: (N,) int64.
+    """
+    h_train = F.normalize(h_train)
+    h_test = F.normalize(h_test)
+    k = min(k, len(h_train))
+    # all votes count about 1; the nearest a little more, so that it decides a tie
+    votes = 1 + 0.5 ** torch.arange(1, k + 1).to(h_train)
+    guesses = []
+    for h in h_test.split(1000):  # 1,000 rows of cosines at a time, to fit in memory
+        neighbours = y_train[(h @ h_train.T).topk(k).indices]
+        tally = F.one_hot(neighbours) * votes[:, None]
+        guesses.append(tally.sum(1).argmax(1))
+    return 100 * (torch.cat(guesses) == y_test).float().mean().item()
+
+
+def probe(model, train, test, prefix=""):
+    """{"linear", "knn"}: test accuracies in percent of the frozen encoder; None for one class.
+
+    train, test: images (N, 3, 32, 32) uint8 and labels (N,) int64. prefix: of the two names.
+    """
+    h_train = extract_features(model, train[0])
+    h_test = extract_features(model, test[0])
+    if not (h_train.isfinite().all() and h_test.isfinite().all()):
+        raise FloatingPointError("the features are not finite: lower --lr")
+    y_train = train[1].to(h_train.device)
+    y_test = test[1].to(h_test.device)
+    if y_train.max() == 0:  # one class leaves nothing to tell apart
+        return {f"{prefix}linear": None, f"{prefix}knn": None}
+    linear = linear_probe(h_train, y_train, h_test, y_test)
+    return {f"{prefix}linear": linear, f"{prefix}knn": knn(h_train, y_train, h_test, y_test)}
+
+
+# ---- 5. Data -------------------------------------------------------------------------------------
 GLYPHS = {  # name: (characters, {split: (number of images, seed)})
     "glyphs": ("ABCDEFGHIJKLMNOPQRSTUVWXYZ", {"train": (5000, 0), "test": (2000, 1)}),
-    "digits": ("0123456789", {"train": (2000, 2), "test": (2000, 3)})}
+    "digits": ("0123456789", {"train": (2000, 2), "test": (2000, 3)}),
+}
 FONTS = """DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSerif
     DejaVuSerif-Bold DejaVuSerif-Italic STIXGeneral STIXGeneralBol STIXGeneralItalic
-    cmr10 cmb10 cmss10 cmtt10 STIXGeneralBolIta""".split()  # they come with matplotlib
-TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "svhn": "SVHN",
-               "fashion-mnist": "FashionMNIST"}
+    cmr10 cmb10 cmss10 cmtt10 STIXGeneralBolIta""".split()  # in every matplotlib since 3.6
+TORCHVISION = dict(cifar10="CIFAR10", cifar100="CIFAR100", stl10="STL10", svhn="SVHN")
+TORCHVISION["fashion-mnist"] = "FashionMNIST"
+PICTURE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+
 
 class UserError(Exception):
-    """What a user can mend."""
+    """What a user can mend; its message is one line that says how."""
 
-def glyphs(characters, count, seed):
-    """Characters in random fonts, sizes, angles, places, colours and noise: (count, 3, 32, 32)
-    uint8, and labels (count,) int64."""
-    fonts = Path(matplotlib.get_data_path(), "fonts", "ttf")
+
+def first_line(error):
+    return str(error).partition("\n")[0]
+
+
+def draw_stencils(characters):
+    """Each character in each font, white on black: (fonts, characters, 1, 48, 48) in [0, 1]."""
     stencils = torch.zeros(len(FONTS), len(characters), 1, 48, 48)
     for i, name in enumerate(FONTS):
-        try:
-            font = ImageFont.truetype(str(fonts / f"{name}.ttf"), 32)
-        except OSError as error:
-            raise UserError(f"{fonts / name}.ttf, a font of matplotlib's: {error}")
+        path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf")
+        with open(path, "rb") as file:  # its error names the file, truetype's does not
+            font = ImageFont.truetype(file, 32)
         for j, character in enumerate(characters):
             drawing = Image.new("L", (48, 48))
             ImageDraw.Draw(drawing).text((24, 24), character, fill=255, font=font, anchor="mm")
             stencils[i, j, 0] = torch.from_numpy(np.array(drawing)) / 255
+    return stencils
+
+
+def glyphs(characters, count, seed):
+    """Characters in random fonts, sizes, angles, places, colours and noise.
+
+    Returns images (count, 3, 32, 32) uint8 and labels (count,) int64.
+    """
     generator = torch.Generator().manual_seed(seed)
+
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(count, *shape, generator=generator)
+
     labels = torch.arange(count) % len(characters)
     font = torch.randint(len(FONTS), (count,), generator=generator)
+    stencils = draw_stencils(characters)[font, labels]
+    # the image is a window of 32 of the stencil's 48 pixels, and characters of 32 become 22 to 32
     zoom = 32 / 48 * 32 / uniform(22, 32, 1, 1)
     angle = uniform(-15, 15).deg2rad()
-    rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
-    warp = torch.cat([zoom * rotation, uniform(-0.12, 0.12, 2, 1)], 2)
+    rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1)
+    shift = uniform(-0.12, 0.12, 2, 1)  # in halves of the stencil
+    warp = torch.cat([zoom * rotation.view(-1, 2, 2), shift], 2)
     grid = F.affine_grid(warp, (count, 1, 32, 32), align_corners=False)
-    ink = F.grid_sample(stencils[font, labels], grid, align_corners=False)
+    ink = F.grid_sample(stencils, grid, align_corners=False)
     paper = uniform(0, 1, 3, 1, 1)
+    # modulo 1, so that ink and paper are at least 0.35 apart in every channel
     color = (paper + uniform(0.35, 0.65, 3, 1, 1)) % 1
     noise = 0.03 * torch.randn(count, 3, 32, 32, generator=generator)
-    images = (paper + ink * (color - paper) + noise).clamp(0, 1) * 255
-    return images.round().to(torch.uint8), labels
+    images = (paper + ink * (color - paper) + noise).clamp(0, 1)
+    return (images * 255).round().to(torch.uint8), labels
 
-def open_dataset(name, split, data_dir):
-    """A torchvision set or folder:DIR, of which dataset[i] is (picture, label)."""
-    import torchvision.datasets as sets
-    if name in TORCHVISION:
-        which = dict(split=split) if name in ("svhn", "stl10") else dict(train=split == "train")
-        return getattr(sets, TORCHVISION[name])(data_dir, download=True, **which)
-    kind, _, folder = name.partition(":")
-    if kind != "folder":
-        raise UserError(f"no data set {name}: {[*GLYPHS, *TORCHVISION]}, folder:DIR")
-    if not Path(folder, "train").is_dir() or not Path(folder, "test").is_dir():
-        raise UserError(f"{folder} must hold train/CLASS/*.jpg and test/CLASS/*.jpg")
-    parts = {part: sets.ImageFolder(Path(folder, part)) for part in ("train", "test")}
-    if parts["train"].classes != parts["test"].classes:
+
+def list_pictures(folder):
+    """The paths of the pictures folder/CLASS/*.jpg, in alphabetical order."""
+    # "[!.]*" leaves out .ipynb_checkpoints and macOS's ._picture.jpg
+    paths = [path for path in folder.glob("[!.]*/[!.]*") if path.suffix.lower() in PICTURE_FILES]
+    if not paths:
+        raise UserError(f"{folder} must hold CLASS/*.jpg; without classes, {folder}/all/*.jpg")
+    return sorted(paths)
+
+
+def open_folder(folder, split):
+    """[(path, label), ...] of folder/train or folder/test, the labels in the classes' order."""
+    pictures = {part: list_pictures(Path(folder, part)) for part in ("train", "test")}
+    classes = {part: sorted({path.parent.name for path in pictures[part]}) for part in pictures}
+    if classes["train"] != classes["test"]:
         raise UserError(f"{folder}: train and test have other classes")
-    return parts[split]
+    return [(path, classes[split].index(path.parent.name)) for path in pictures[split]]
 
+
+def read_picture(path):
+    """A file as an upright RGB picture, laid on white where it is transparent."""
+    try:
+        with Image.open(path) as picture:
+            if picture.mode[0] in "IF":  # convert would cut all values above 255
+                raise UserError(f"{path} has more than 8 bits a channel: save it with 8")
+            picture = ImageOps.exif_transpose(picture).convert("RGBA")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}")
+    white = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(white, picture).convert("RGB")
+
+
+def download(name, split, data_dir):
+    """A torchvision set, of which dataset[i] is (picture, label)."""
+    import torchvision.datasets
+
+    part = {"split": split} if name in ("svhn", "stl10") else {"train": split == "train"}
+    try:
+        return getattr(torchvision.datasets, TORCHVISION[name])(data_dir, download=True, **part)
+    except (OSError, RuntimeError) as error:
+        advice = f"when offline, put what torchvision's {TORCHVISION[name]} reads into {data_dir}"
+        raise UserError(f"{name}: {first_line(error)}; {advice}")
+
+
+# an ablation's runs in one process share the tensors: do not write into them
 @functools.cache
 def load_images(name, split, data_dir="data", max_images=0):
-    """Images (N, 3, 32, 32) uint8 and labels (N,) int64, the first max_images (0: all)."""
+    """Images (N, 3, 32, 32) uint8 and labels (N,) int64; max_images of them, 0 for all."""
     if name in GLYPHS:
         characters, splits = GLYPHS[name]
         images, labels = glyphs(characters, *splits[split])
-        return images[:max_images or None], labels[:max_images or None]
-    dataset = open_dataset(name, split, data_dir)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+        return images[: max_images or None], labels[: max_images or None]
+    if name in TORCHVISION:
+        dataset = download(name, split, data_dir)
+    elif name.startswith("folder:"):
+        dataset = open_folder(name.removeprefix("folder:"), split)
+    else:
+        raise UserError(f"no data set {name}: {[*GLYPHS, *TORCHVISION]}, folder:DIR")
+
     def read(i):
         picture, label = dataset[i]
-        picture = picture.convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)
-        return np.asarray(picture), label
-    with multiprocessing.pool.ThreadPool() as pool:
-        pictures, labels = zip(*pool.map(read, order[:max_images or None].tolist()))
-    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
-    return images, torch.tensor(labels)
+        picture = read_picture(picture) if isinstance(picture, Path) else picture.convert("RGB")
+        return np.asarray(picture.resize((32, 32), Image.Resampling.BILINEAR)), label
 
-# ---- 4. Encoder
-class Model(nn.Module):
-    """(N, 3, 32, 32) float in [0, 1] -> features h (N, 192), of resnet18 (N, 512), and the
-    projector's embeddings z (N, 128)."""
-    def __init__(self, encoder):
-        super().__init__()
-        if encoder == "resnet18":  # for small photographs: a 3x3 stem, no max-pool
-            from torchvision.models import resnet18
-            self.encoder, features = resnet18(weights=None), 512
-            self.encoder.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-            self.encoder.maxpool = self.encoder.fc = nn.Identity()
-        else:
-            layers, inputs, features = [], 3, 192
-            for outputs, stride, pool in (16, 2, 1), (24, 1, 2), (48, 1, 2):
-                layers += [nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
-                           nn.MaxPool2d(pool), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
-                inputs = outputs
-            self.encoder = nn.Sequential(*layers, nn.MaxPool2d(2), nn.Flatten())  # 2x2 places
-        # its BatchNorm spreads embeddings from the start
-        self.projector = nn.Sequential(
-            nn.Linear(features, 2 * features), nn.BatchNorm1d(2 * features), nn.ReLU(inplace=True),
-            nn.Linear(2 * features, 128), nn.BatchNorm1d(128, affine=False))
+    # files lie class by class, so a part of them is drawn at random
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    with ThreadPoolExecutor() as pool:  # threads suffice: Pillow decodes outside of Python's lock
+        pairs = list(pool.map(read, order[: max_images or None].tolist()))
+    pictures = np.stack([picture for picture, _ in pairs])
+    labels = torch.tensor([label for _, label in pairs])
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), labels
 
-    def forward(self, x):
-        h = self.encoder(x)
-        return h, self.projector(h)
 
-# ---- 5. Probes
-@torch.no_grad()
-def extract_features(model, images):
-    """Features (N, F) of images (N, 3, 32, 32) uint8; puts the model in eval mode."""
-    device = next(model.eval().parameters()).device
-    return torch.cat([model.encoder(batch.to(device) / 255) for batch in images.split(500)])
+# ---- 6. Settings ---------------------------------------------------------------------------------
+def setting(default, text, compare=True):
+    """A line of Config: default, help, and whether two runs that differ in it are two."""
+    return field(default=default, metadata={"help": text}, compare=compare)
 
-def linear_probe(h_train, y_train, h_test, y_test):
-    """Test accuracy in percent of logistic regression on features standardised by h_train.
-    h_*: (N, F) float, y_*: (N,) int64."""
-    mean, std = h_train.mean(0), h_train.std(0).clamp(min=1e-6)
-    x_train = F.pad((h_train - mean) / std, (0, 1), value=1.0)  # ones, for the biases
-    x_test = F.pad((h_test - mean) / std, (0, 1), value=1.0)
-    weights = x_train.new_zeros(x_train.shape[1], int(y_train.max()) + 1).requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [weights], max_iter=200, max_eval=1000, history_size=20, tolerance_grad=1e-5,
-        tolerance_change=0, line_search_fn="strong_wolfe")
-    def closure():
-        loss = F.cross_entropy(x_train @ weights, y_train) + 0.005 * weights[:-1].square().sum()
-        weights.grad, = torch.autograd.grad(loss, weights)
-        return loss
-    optimizer.step(closure)
-    return 100 * ((x_test @ weights).argmax(1) == y_test).float().mean().item()
-
-def knn(h_train, y_train, h_test, y_test, *, k=10):
-    """Test accuracy in percent of the majority of the k nearest training features by cosine.
-    h_*: (N, F) float, y_*: (N,) int64."""
-    h_train, h_test, k = F.normalize(h_train), F.normalize(h_test), min(k, len(h_train))
-    vote = 1 + 0.5 ** torch.arange(1, k + 1).to(h_train)  # ties go to the nearest
-    guesses = []
-    for h in h_test.split(1000):
-        neighbours = y_train[(h @ h_train.T).topk(k).indices]
-        guesses.append((F.one_hot(neighbours) * vote[:, None]).sum(1).argmax(1))
-    return 100 * (torch.cat(guesses) == y_test).float().mean().item()
-
-def probe(model, train, test):
-    """(linear, kNN) test accuracies in percent of the frozen encoder."""
-    h_train, h_test = extract_features(model, train[0]), extract_features(model, test[0])
-    data = h_train, train[1].to(h_train.device), h_test, test[1].to(h_test.device)
-    return linear_probe(*data), knn(*data)
-
-# ---- 6. Training
-# by torchrun: which process, of how many
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of a run; comments are the flags' help. ValueError for an invalid one."""
-    # data
-    dataset: str = "glyphs"  # NAME: glyphs, cifar10, ... or folder:DIR
-    unseen: tuple = ("digits",)  # NAME: another to probe on; repeatable
-    data_dir: str = "data"  # DIR: where downloads go
-    max_images: int = 0  # N: images a split, 0 for all
-    validation: bool = False  # probe on a held-out fifth of train
-    # views
-    crop_min: float = 0.5  # SHARE: least share of the area in a crop
-    gray_prob: float = 0.2  # P: probability of a grey view
-    flip: bool = False  # mirror half of the views
-    # loss
-    margin: float = 0.2  # RADIANS: angular; 0 is NT-Xent, the baseline
-    subtractive_margin: float = 0.0  # COSINE: off the positive's cosine
-    temperature: float = 0.2  # TAU: temperature of the softmax
-    emphasis: float = 1.0  # STRENGTH: exponent of E, 0 is off
-    deemphasis: float = 1.0  # STRENGTH: exponent of D
-    attenuation: float = 1.0  # STRENGTH: exponent of A
-    positive_scale: float = 1.0  # S: constant on the positive's pull
-    # training
-    encoder: str = "small"  # NAME: small or resnet18
-    epochs: int = 8  # N: passes over the images
-    batch_size: int = 64  # N: images a step, over all processes
-    lr: float = 0.4  # RATE: peak, for a batch of 256
-    seed: int = 0  # N: of weights, batches and views
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # NAME: cuda, cpu or mps
-    compile: bool = False  # torch.compile, faster after a slow start
-    out: str = "runs"  # DIR: for runs
+    """The settings of a run, each of them a flag. ValueError for one that is out of range."""
+
+    dataset: str = setting("glyphs", "glyphs (letters), digits, cifar10, ... or folder:DIR")
+    unseen: tuple = setting(("digits",), "another set to probe on; can be repeated")
+    data_dir: str = setting("data", "folder for downloads", compare=False)
+    max_images: int = setting(0, "images of each split, 0 for all")
+    validation: bool = setting(False, "probe on a held-out fifth of the training images")
+
+    crop_min: float = setting(0.5, "least share of the image's area in a crop")
+    gray_prob: float = setting(0.2, "probability of a grey view")
+    flip: bool = setting(False, "mirror half of the views")
+
+    margin: float = setting(0.2, "angular margin in radians; 0 is NT-Xent, the baseline")
+    subtractive_margin: float = setting(0.0, "margin that is taken off the positive's cosine")
+    temperature: float = setting(0.2, "temperature of the softmax, tau")
+    emphasis: float = setting(1.0, "strength, the exponent of E; 0 is off")
+    deemphasis: float = setting(1.0, "strength, the exponent of D")
+    attenuation: float = setting(1.0, "strength, the exponent of A")
+    positive_scale: float = setting(1.0, "a constant on the pull of all positive pairs")
+
+    encoder: str = setting("small", "small or resnet18")
+    epochs: int = setting(8, "passes over the images")
+    batch_size: int = setting(64, "images in a step")
+    lr: float = setting(0.4, "peak learning rate for a batch of 256, in proportion for others")
+    seed: int = setting(0, "of weights, batches and views")
+    device: str = setting(
+        "cuda" if torch.cuda.is_available() else "cpu", "cuda, cpu or mps", compare=False
+    )
+    out: str = setting("runs", "folder for the folders of runs", compare=False)
 
     def __post_init__(self):
-        fine = dict(
-            encoder=self.encoder in ("small", "resnet18"), crop_min=0.01 <= self.crop_min <= 1,
-            epochs=self.epochs > 0, max_images=self.max_images >= 0,
-            batch_size=self.batch_size > 1 and self.batch_size % WORLD == 0)
-        for name in fine:
-            if not fine[name]:
-                raise ValueError(f"{name} cannot be {getattr(self, name)}")
-        margin_loss(torch.zeros(2), torch.zeros(2), **self.arguments(margin_loss))
+        check_loss_settings(
+            self.temperature,
+            self.margin,
+            self.subtractive_margin,
+            self.emphasis,
+            self.deemphasis,
+            self.attenuation,
+            self.positive_scale,
+        )
+        check_range("max_images", self.max_images, 0, 1e9)
+        check_range("crop_min", self.crop_min, 0.01, 1)  # of 1,024 pixels 10 are left
+        check_range("gray_prob", self.gray_prob, 0, 1)
+        check_range("epochs", self.epochs, 1, 1e6)
+        check_range("batch_size", self.batch_size, 2, 1e6)  # one image has no negatives
+        check_range("lr", self.lr, 0, 1e38)  # finite in float32
+        check_range("seed", self.seed, 0, 2**31 - 1)  # train_epoch's seeds fit in 64 bits
+        if self.encoder not in ("small", "resnet18"):
+            raise ValueError(f"encoder must be small or resnet18, not {self.encoder}")
 
     def name(self):
-        text = ("{dataset}-batch{batch_size}-tau{temperature:g}-margin{margin:g}-E{emphasis:g}"
-                "D{deemphasis:g}A{attenuation:g}-seed{seed}")
-        return text.format(**vars(self)).replace(os.sep, "_")
+        """What a run's folder is called, but for its number."""
+        switches = f"E{self.emphasis:g}D{self.deemphasis:g}A{self.attenuation:g}"
+        loss = f"tau{self.temperature:g}-margin{self.margin:g}-{switches}"
+        return file_name(f"{self.dataset[-40:]}-batch{self.batch_size}-{loss}-seed{self.seed}")
 
-    def arguments(self, function):
-        """The settings that a function takes, by name."""
-        names = function.__kwdefaults__
-        return {name: value for name, value in vars(self).items() if name in names}
+
+def file_name(text):
+    """text, with _ for all that a file's name may not have on some system."""
+    return re.sub("[^A-Za-z0-9._+-]", "_", text)
+
 
 def preset(dataset, encoder=None):
-    """What belongs to a data set and an encoder: Config(**preset("cifar10", "small")). The default
-    is small, as resnet18 takes days on a CPU, but for photographs on CUDA."""
-    photograph = dataset not in GLYPHS
-    default = "resnet18" if photograph and torch.cuda.is_available() else "small"
-    values = dict(dataset=dataset, encoder=encoder or default)
-    if photograph:
-        values |= dict(unseen=(), crop_min=0.2, gray_prob=0.1, flip=dataset != "svhn",
-                       batch_size=128, epochs=20)
+    """What belongs to a data set and an encoder, for Config(**preset("cifar10", "small")).
+
+    The default is small, as resnet18 takes days on a CPU, but for photographs on CUDA.
+    """
+    photographs = dataset not in GLYPHS
+    default = "resnet18" if photographs and torch.cuda.is_available() else "small"
+    values = {"dataset": dataset, "encoder": encoder or default}
+    if photographs:
+        values |= {"unseen": (), "crop_min": 0.2, "gray_prob": 0.1, "batch_size": 128, "epochs": 20}
+        values["flip"] = dataset != "svhn"  # house numbers
     if values["encoder"] == "resnet18":
-        values |= dict(temperature=0.5, batch_size=512, lr=0.06, epochs=100)
+        values |= {"temperature": 0.5, "batch_size": 512, "lr": 0.06, "epochs": 100}
     return values
+
 
 def load_data(config):
     """Images to train on, and {name: (train, test)} to probe on, the seen set first."""
-    how, sets = (config.data_dir, config.max_images), {}
+    sets = {}
     for name in (config.dataset, *config.unseen):
-        train = load_images(name, "train", *how)
+        images, labels = load_images(name, "train", config.data_dir, config.max_images)
         if config.validation:
-            fifth = len(train[1]) // 5
-            sets[name] = [x[fifth:] for x in train], [x[:fifth] for x in train]
+            fifth = len(labels) // 5
+            sets[name] = (images[fifth:], labels[fifth:]), (images[:fifth], labels[:fifth])
         else:
-            sets[name] = train, load_images(name, "test", *how)
+            test = load_images(name, "test", config.data_dir, config.max_images)
+            sets[name] = (images, labels), test
     images, _ = sets[config.dataset][0]
     if config.batch_size > len(images):
         raise UserError(f"batch_size {config.batch_size} is more than {len(images)} images")
     return images, sets
 
-def gather(z):
-    """(n, dim) -> (WORLD * n, dim) of all processes, with a gradient for this one's rows."""
-    if WORLD == 1:
-        return z
-    parts = [torch.empty_like(z) for _ in range(WORLD)]
-    dist.all_gather(parts, z.detach())
-    parts[RANK] = z
-    return torch.cat(parts)
+
+# ---- 7. Training ---------------------------------------------------------------------------------
+def learning_rate(progress, config):
+    """The optimizer's rate when `progress`, 0 to 1, of the training is done.
+
+    A tenth of the training linearly up to lr * batch_size / 256, then a cosine down to 0.
+    """
+    peak = config.lr * config.batch_size / 256
+    if progress < 0.1:
+        return peak * progress / 0.1
+    return peak * (1 + math.cos(math.pi * (progress - 0.1) / 0.9)) / 2
+
 
 @torch.no_grad()
-def measure(loss, others, c, log_E, log_D, log_A, temperature):
-    """What a step logs; E, D, A also where they are off. weight = 1 - p: how much an anchor does in
-    NT-Xent, weight_A with A; pull: how hard it pulls on the sphere, pull_ED with E and D."""
-    theta, E, D, A = c.clamp(-1, 1).acos(), log_E.exp(), log_D.exp(), log_A.exp()
-    weight = torch.sigmoid(others - c / temperature)
-    pull = weight * theta.sin()  # dc = -sin(theta) dtheta
-    return dict(
-        loss=loss, angle=theta.rad2deg(), E=E, D=D, A=A, log_E=log_E, log_D=log_D.clamp(min=-5),
-        log_A=log_A, pull=pull, pull_ED=pull * E * D, weight=weight, weight_A=weight * A)
+def measure(c, others, *, temperature, margin, subtractive_margin):
+    """What metrics.csv averages, {name: (N,)}, of anchors with c and others as in margin_loss.
+
+    E, D, A: what the margin does or, where a switch is off, would do. angle: in degrees. weight:
+    1 - p, how much an anchor does in NT-Xent; weight_A: with A. pull: how hard NT-Xent pulls the
+    positive along the sphere, times the temperature; pull_ED: with E and D.
+    """
+    u = others - c / temperature
+    E, D, log_A = gradient_factors(
+        c, u, temperature=temperature, margin=margin, subtractive_margin=subtractive_margin
+    )
+    theta = c.clamp(-1, 1).acos()  # rounding can take c out of its range
+    force = torch.sigmoid(u) * theta.sin()  # dc = -sin(theta) dtheta
+    return {
+        "loss": -F.logsigmoid(-u),
+        "angle": theta.rad2deg(),
+        "E": E,
+        "D": D,
+        "A": log_A.clamp(max=80).exp(),  # exp(89) is infinite in float32
+        "log_E": E.log(),
+        "log_D": D.log().clamp(min=-5),  # D can be 0, and one such pair would be the whole mean
+        "log_A": log_A,
+        "pull": force,
+        "pull_ED": force * E * D,
+        "weight": torch.sigmoid(u),
+        "weight_A": (F.logsigmoid(u) + log_A).exp(),
+    }
+
+
+def has_bfloat16(device):
+    """Whether to train in bfloat16: where a card computes in it; a T4 only emulates it, slowly."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def train_step(network, optimizer, images, config):
+    """One step: two views of each image (N, 3, 32, 32) uint8, the loss and its gradient.
+
+    Returns what measure says of the 2N anchors.
+    """
+    device = images.device
+    views = augment(
+        images.repeat(2, 1, 1, 1) / 255,
+        crop_min=config.crop_min,
+        gray_prob=config.gray_prob,
+        flip=config.flip,
+    )
+    with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
+        _, z = network(views)
+    z1, z2 = z.chunk(2)
+    c, others = pair_terms(z1, z2, temperature=config.temperature)
+    loss = margin_loss(
+        c,
+        others,
+        temperature=config.temperature,
+        margin=config.margin,
+        subtractive_margin=config.subtractive_margin,
+        emphasis=config.emphasis,
+        deemphasis=config.deemphasis,
+        attenuation=config.attenuation,
+        positive_scale=config.positive_scale,
+    )
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return measure(
+        c,
+        others,
+        temperature=config.temperature,
+        margin=config.margin,
+        subtractive_margin=config.subtractive_margin,
+    )
+
 
 def train_epoch(network, optimizer, images, epoch, config):
-    """One pass over images (N, 3, 32, 32) uint8, on their device: a row of metrics.csv, means over
-    steps and anchors. Seeded by (seed, epoch, process). Waits for the GPU at its end only."""
-    start, device, sums = time.perf_counter(), images.device, {}
-    steps, seed = len(images) // config.batch_size, config.seed * 1_000_003 + epoch
+    """One pass over images (N, 3, 32, 32) uint8, on their device, in batches of random order.
+
+    network(views) is (features, embeddings); epoch counts from 0. Returns a row of metrics.csv:
+    means over steps and anchors. FloatingPointError if the loss is not finite.
+    """
+    start = time.perf_counter()
+    steps = len(images) // config.batch_size  # who is left over has a turn in another epoch
+    # a number of its own for each seed's epochs, up to a million; times 1,009 another for the views
+    seed = config.seed * 1_000_003 + epoch
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    batches = order[:steps * config.batch_size].view(steps, -1)[:, RANK::WORLD].to(device)
-    torch.manual_seed(seed * 1_009 + RANK)
+    batches = order[: steps * config.batch_size].view(steps, config.batch_size).to(images.device)
+    torch.manual_seed(seed * 1_009)
     network.train()
+    sums = {}
     for step, batch in enumerate(batches):
-        progress = (epoch + (step + 0.5) / steps) / config.epochs  # a tenth up, then a cosine
-        share = min(progress / 0.1, (1 + math.cos(math.pi * (progress - 0.1) / 0.9)) / 2)
-        optimizer.param_groups[0]["lr"] = share * config.lr * config.batch_size / 256
-        views = augment(images[batch].repeat(2, 1, 1, 1) / 255, **config.arguments(augment))
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            _, z = network(views)
-        z1, z2 = z.chunk(2)
-        c, others = pair_terms(gather(z1), gather(z2), temperature=config.temperature)
-        loss, *rest = margin_loss(c, others, **config.arguments(margin_loss), return_factors=True)
-        optimizer.zero_grad()
-        loss.backward()
-        if WORLD > 1:  # each process has its own rows' share of the gradient
-            for weight in network.parameters():
-                dist.all_reduce(weight.grad)
-        optimizer.step()
-        for name, value in measure(loss, others, *rest, config.temperature).items():
-            sums[name] = sums.get(name, 0) + value.mean() / steps
-    row = {name: value.item() for name, value in sums.items()}
+        progress = (epoch + (step + 0.5) / steps) / config.epochs
+        optimizer.param_groups[0]["lr"] = learning_rate(progress, config)
+        measured = train_step(network, optimizer, images[batch], config)
+        # sums stay on the device: to read a number here would make the CPU wait for the GPU
+        for name, values in measured.items():
+            sums[name] = sums.get(name, 0) + values.mean() / steps
+    row = {name: total.item() for name, total in sums.items()}
     if not math.isfinite(row["loss"]):
         raise FloatingPointError(f"loss {row['loss']} in epoch {epoch + 1}: lower --lr")
     rate = steps * config.batch_size / (time.perf_counter() - start)
-    return dict(epoch=epoch + 1, **row, images_per_second=rate)
+    return {"epoch": epoch + 1, **row, "images_per_second": rate}
 
-def read_checkpoint(folder):
-    """A run's checkpoint, with its Config and Model."""
+
+# ---- 8. Runs -------------------------------------------------------------------------------------
+def open_device(name):
+    """A torch.device on which a tensor can be made."""
     try:
-        state = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
-        config = Config(**state["config"])
-        model = Model(config.encoder)
-        model.load_state_dict(state["model"])
-    except Exception as error:
-        raise UserError(f"no checkpoint in {folder}: {error}")
-    return state | dict(config=config, model=model.eval())
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:  # which one depends on how PyTorch was built
+        raise UserError(f"there is no --device {name}: {first_line(error)}")
 
-def load_model(folder):
-    """The trained Model of a run folder."""
-    return read_checkpoint(folder)["model"]
+
+def new_folder(config):
+    """A folder in config.out for this run alone."""
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        folder = Path(config.out, f"{config.name()}-{number}")
+        try:
+            folder.mkdir()  # fails if it exists: of two runs that start together each has its own
+            return folder
+        except FileExistsError:
+            pass
+
+
+def build(config, device):
+    """The untrained model of a seed, and its optimizer, whose rate train_epoch sets."""
+    torch.manual_seed(config.seed)
+    model = Model(config.encoder).to(device)
+    if device.type != "mps":  # faster, but wrong on Apple's GPUs (pytorch 175189)
+        model = model.to(memory_format=torch.channels_last)
+    torch.backends.cudnn.benchmark = True  # all batches have one size: it pays to try kernels
+    return model, torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
+
+
+def write_whole(path, write):
+    """Let write(path) make a file whole or not at all: beside its place first, then in it."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        write(partial)
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save has a RuntimeError for a full disk
+        partial.unlink(missing_ok=True)
+        advice = f"when there is room, --resume {path.parent} goes on from the last whole epoch"
+        raise UserError(f"{path} cannot be written ({first_line(error)}); {advice}")
+
 
 def write_csv(path, rows):
+    """rows: dicts with the same keys."""
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
 
-def run(config, on_epoch=None, *, folder=None, untrained=True, verbose=True):
-    """One whole run: data, training, probes. Returns results.json. on_epoch(row, model) gets each
-    epoch's row of metrics.csv. folder: to begin or go on in, else a new one. untrained: probe the
-    untrained encoder, too."""
-    say = print if verbose and RANK == 0 else lambda *_: None
-    device, history = torch.device(config.device), []
-    folders = (Path(config.out, f"{config.name()}-{number}") for number in itertools.count(1))
-    folder = Path(folder) if folder else next(path for path in folders if not path.exists())
-    state = read_checkpoint(folder) if (folder / "checkpoint.pt").exists() else None
-    if state and state["config"] != config:
+
+def save_checkpoint(folder, config, model, optimizer, history):
+    """What it takes to go on from here: checkpoint.pt; and metrics.csv to look at."""
+    state = {
+        "config": vars(config),
+        "history": history,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    write_whole(folder / "checkpoint.pt", lambda path: torch.save(state, path))
+    write_whole(folder / "metrics.csv", lambda path: write_csv(path, history))
+
+
+def read_run(folder, config=None):
+    """A run's checkpoint with its Config, its Model and its results, or None for these.
+
+    UserError if there is none of this version, or none of this config.
+    """
+    results = Path(folder, "results.json")
+    try:
+        state = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
+        state["config"] = Config(**state["config"])
+        weights = state["model"]
+        state["model"] = Model(state["config"].encoder).eval()
+        state["model"].load_state_dict(weights)
+        state["results"] = dict(json.loads(results.read_text())) if results.exists() else None
+    # no file; not a whole one; not one of this version
+    except (OSError, pickle.PickleError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder} holds no run of this version: {first_line(error)}")
+    if config not in (None, state["config"]):
         raise UserError(f"{folder} holds a run with other settings")
-    results_file = folder / "results.json"
-    if results_file.exists():
+    return state
+
+
+def load_model(folder):
+    """The trained Model of a run's folder, in eval mode."""
+    return read_run(folder)["model"]
+
+
+def draw_curves(history, title):
+    """A Figure of loss, angle and factors over the epochs."""
+    figure = Figure(figsize=(9, 2.8), layout="constrained")
+    figure.suptitle(title)
+    panels = {
+        "NT-Xent": ["loss"],
+        "angle of positive pairs (degrees)": ["angle"],
+        "mean of the log factor": ["log_E", "log_D", "log_A"],
+    }
+    epochs = [row["epoch"] for row in history]
+    for axes, label in zip(figure.subplots(1, 3), panels):
+        for name in panels[label]:
+            axes.plot(epochs, [row[name] for row in history], "o-", label=name)
+        axes.set(xlabel="epoch", ylabel=label)
+    axes.legend()  # of the last panel, which has three curves
+    return figure
+
+
+def write_results(folder, config, history, probes):
+    """curves.png and results.json. Returns what is in the latter."""
+    results = {
+        "config": vars(config),
+        "probes": probes,
+        "means": {name: sum(row[name] for row in history) / len(history) for name in history[0]},
+        "folder": str(folder),
+        "versions": {"torch": torch.__version__, "matplotlib": matplotlib.__version__},
+    }
+    figure = draw_curves(history, folder.name)
+    text = json.dumps(results, indent=2, allow_nan=False)  # NaN is not JSON to other readers
+    write_whole(folder / "curves.png", lambda path: figure.savefig(path, format="png", dpi=150))
+    write_whole(folder / "results.json", lambda path: path.write_text(text))
+    return results
+
+
+def probe_sets(model, sets, rows, prefix=""):
+    """Add probe's accuracies to the row of each data set."""
+    for row in rows:
+        row.update(probe(model, *sets[row["dataset"]], prefix))
+
+
+EPOCH_LINE = (
+    "epoch {epoch}  NT-Xent {loss:.3f}  angle {angle:.1f} deg  E {E:.3f}  D {D:.3f}  A {A:.3f}  "
+    "{images_per_second:,.0f} images/s"
+)
+
+
+def run(config, on_epoch=None, *, folder=None, untrained=True, verbose=True):
+    """Train and probe once. Returns what results.json holds.
+
+    on_epoch(row, model) gets each epoch's row of metrics.csv. folder: where to begin or to go on,
+    else a new one. untrained: probe the encoder before its first step, too. verbose: print.
+    """
+    say = print if verbose else lambda text: None
+    begun = folder and Path(folder, "checkpoint.pt").exists()
+    earlier = read_run(folder, config) if begun else {"results": None, "history": []}
+    if earlier["results"]:
         say(f"{folder} has finished")
-        return json.loads(results_file.read_text())
+        return earlier["results"] | {"folder": str(folder)}  # which may have been moved
+    device = open_device(config.device)
     images, sets = load_data(config)
-    say(f"{folder}: {len(images):,} images, {config.encoder} encoder, {device}")
-    torch.manual_seed(config.seed)
-    model = Model(config.encoder).to(device, memory_format=torch.channels_last)
-    probes = [dict(dataset=name, role="unseen" if i else "seen") for i, name in enumerate(sets)]
-    for row, data in zip(probes, sets.values()):
-        if untrained and RANK == 0:
-            row["random_linear"], row["random_knn"] = probe(model, *data)
-    if WORLD > 1 and device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    torch.backends.cudnn.benchmark = True
-    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=5e-4)
-    if state:
-        model.load_state_dict(state["model"].state_dict())
-        optimizer.load_state_dict(state["optimizer"])
-        history = state["history"]
-    network, images = torch.compile(model) if config.compile else model, images.to(device)
+    folder = Path(folder or new_folder(config))
+    folder.mkdir(parents=True, exist_ok=True)
+    number = "bfloat16" if has_bfloat16(device) else "float32"
+    say(f"{folder}: {len(images):,} images, {config.encoder} encoder, {device}, {number}")
+    model, optimizer = build(config, device)
+    probes = [{"dataset": name, "role": "unseen"} for name in sets]
+    probes[0]["role"] = "seen"
+    if untrained:
+        probe_sets(model, sets, probes, prefix="random_")
+    if begun:
+        model.load_state_dict(earlier["model"].state_dict())
+        optimizer.load_state_dict(earlier["optimizer"])
+    history = earlier["history"]
+    images = images.to(device)
     try:
         for epoch in range(len(history), config.epochs):
-            row = train_epoch(network, optimizer, images, epoch, config)
+            row = train_epoch(model, optimizer, images, epoch, config)
             history.append(row)
-            if RANK == 0:
-                folder.mkdir(parents=True, exist_ok=True)
-                state = dict(config=vars(config), history=history)
-                state |= dict(model=model.state_dict(), optimizer=optimizer.state_dict())
-                torch.save(state, folder / "partial.pt")
-                os.replace(folder / "partial.pt", folder / "checkpoint.pt")
-                write_csv(folder / "metrics.csv", history)
-            say("epoch {epoch}  NT-Xent {loss:.3f}  angle {angle:.1f} deg  E {E:.3f}  D {D:.3f}  "
-                "A {A:.3f}  {images_per_second:,.0f} images/s".format(**row))
+            save_checkpoint(folder, config, model, optimizer, history)
+            say(EPOCH_LINE.format(**row))
             if on_epoch:
                 on_epoch(row, model)
     except KeyboardInterrupt:
         if history:
             say(f"\nstopped. To go on: python margin_contrastive.py --resume {folder}")
         raise
-    if RANK > 0:
-        return dict(probes=[])
-    for row, data in zip(probes, sets.values()):
-        row["linear"], row["knn"] = probe(model, *data)
-    figure = Figure(figsize=(9, 2.8), layout="constrained")
-    figure.suptitle(folder.name)
-    panels = ["loss"], ["angle"], ["log_E", "log_D", "log_A"]
-    for axes, names in zip(figure.subplots(1, 3), panels):
-        for name in names:
-            axes.plot(range(1, len(history) + 1), [row[name] for row in history], "o-", label=name)
-        axes.set(xlabel="epoch")
-        axes.legend()
-    figure.savefig(folder / "curves.png", dpi=150)
-    means = {name: sum(row[name] for row in history) / len(history) for name in history[0]}
-    results = dict(
-        config=vars(config), probes=probes, means=means, folder=str(folder),
-        torch=torch.__version__, peak_gpu_mb=torch.cuda.max_memory_allocated() / 2**20)
-    results_file.write_text(json.dumps(results, indent=2))
-    return results
+    probe_sets(model, sets, probes)
+    return write_results(folder, config, history, probes)
 
-# ---- 7. Ablation
-OFF = dict(emphasis=0.0, deemphasis=0.0, attenuation=0.0, positive_scale=1.0)  # NT-Xent
-ON = dict.fromkeys(OFF, 1.0)  # the margin
+
+# ---- 9. Ablation ---------------------------------------------------------------------------------
+OFF = {"emphasis": 0.0, "deemphasis": 0.0, "attenuation": 0.0, "positive_scale": 1.0}  # NT-Xent
+ON = {"emphasis": 1.0, "deemphasis": 1.0, "attenuation": 1.0, "positive_scale": 1.0}  # the margin
 SWITCHES = {
-    "NT-Xent": OFF, "E": OFF | dict(emphasis=1.0), "D": OFF | dict(deemphasis=1.0),
-    "A": OFF | dict(attenuation=1.0), "E+D": ON | dict(attenuation=0.0),
-    "E+A": ON | dict(deemphasis=0.0), "D+A": ON | dict(emphasis=0.0), "E+D+A": ON}
+    "NT-Xent": OFF,
+    "E": OFF | {"emphasis": 1.0},
+    "D": OFF | {"deemphasis": 1.0},
+    "A": OFF | {"attenuation": 1.0},
+    "E+D": ON | {"attenuation": 0.0},
+    "E+A": ON | {"deemphasis": 0.0},
+    "D+A": ON | {"emphasis": 0.0},
+    "E+D+A": ON,
+}
+
 
 def matched_controls(rows, config):
-    """Controls blind to angle and probability: a constant that pulls as much in total as E * D in
-    ablate's rows of E+D+A, a learning rate that steps as far as A."""
-    full = [row for row in rows if row["setting"] == "E+D+A" and row["pull"] > 0]
+    """Two settings that know neither angle nor probability, as strong in total as the margin.
+
+    A constant on the pull that adds up to what E * D does to it in ablate's rows of E+D+A, and a
+    learning rate that adds up to A's steps there. {} if these runs diverged.
+    """
+    full = [row for row in rows if row["setting"] == "E+D+A" and not math.isnan(row["pull"])]
     if not full:
         return {}
-    s = sum(row["pull_ED"] for row in full) / sum(row["pull"] for row in full)
-    a = sum(row["weight_A"] for row in full) / sum(row["weight"] for row in full)
-    s, a = float(f"{s:.3g}"), float(f"{a:.3g}")
-    return {f"pull x {s}": OFF | dict(positive_scale=s), f"lr x {a}": OFF | dict(lr=a * config.lr)}
+    pull = sum(row["pull_ED"] for row in full) / sum(row["pull"] for row in full)
+    step = sum(row["weight_A"] for row in full) / sum(row["weight"] for row in full)
+    pull, step = (float(f"{value:.3g}") for value in (pull, step))  # as in the settings' names
+    return {
+        f"pull x {pull}": OFF | {"positive_scale": pull},
+        f"lr x {step}": OFF | {"lr": step * config.lr},
+    }
+
 
 def ablation_run(job):
-    """(setting, Config, folder) -> a row of ablate, a short one if the run diverges."""
+    """(setting, Config, folder) -> a row of ablate; its two first columns only if it diverges."""
     setting, config, folder = job
-    torch.set_num_threads(1)
-    row = dict(setting=setting, seed=config.seed)
+    torch.set_num_threads(1)  # there are as many workers as cores
+    row = {"setting": setting, "seed": config.seed}
     try:
         results = run(config, folder=folder, untrained=False, verbose=False)
     except FloatingPointError:
         return row
     for role, kind in itertools.product(("seen", "unseen"), ("linear", "knn")):
         values = [probed[kind] for probed in results["probes"] if probed["role"] == role]
-        row[f"{role}_{kind}"] = sum(values) / len(values) if values else math.nan
+        # no unseen set, or one of a single class
+        unknown = not values or None in values
+        row[f"{role}_{kind}"] = math.nan if unknown else sum(values) / len(values)
     return row | results["means"]
+
+
+def in_workers(function, jobs, count):
+    """Yield function(job) of each job, by `count` processes. UserError if one dies."""
+    pool = ProcessPoolExecutor(
+        max_workers=min(count, len(jobs), 61),  # Windows waits for no more than 61
+        mp_context=multiprocessing.get_context("spawn"),  # a fork may hang after CUDA or threads
+        # Ctrl-C reaches all processes: the workers ignore it, and this one ends them
+        initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_IGN),
+    )
+    with pool:
+        try:
+            yield from pool.map(function, jobs)
+        except BrokenExecutor:
+            raise UserError(
+                'a worker has ended: a script needs `if __name__ == "__main__":` around ablate, a '
+                "notebook imports this file instead of pasting it; or else memory has run out"
+            )
+        except BaseException:  # Ctrl-C, or a run's error: do not wait for the other runs
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
+
 
 def ablate(settings, seeds, config, folder, say=print):
     """Train with all settings, {name: overrides of config}, and seeds; a seed's runs share weights,
-    batches and views. Returns a dict a run, as in folder/runs.csv, nan if it diverged. Goes on
-    where it stopped. Scripts need `if __name__ == "__main__":`."""
+    batches and views. Goes on where it stopped.
+
+    Returns a dict for each run, as in folder/runs.csv; nan where it diverged. A script that calls
+    this needs `if __name__ == "__main__":`, as each worker imports it.
+    """
     load_data(config)  # so that the workers do not download side by side
-    jobs, rows = [], []
+    jobs = []
     for seed, name in itertools.product(seeds, settings):
         job = replace(config, **settings[name], seed=seed)
-        jobs.append((name, job, Path(folder, f"{name}-seed{seed}")))
+        jobs.append((name, job, Path(folder, file_name(f"{name}-seed{seed}"))))
     finished = sum((job_folder / "results.json").exists() for _, _, job_folder in jobs)
     say(f"{len(jobs)} runs in {folder}, {finished} finished")
+    rows = []
     workers = torch.get_num_threads() if config.device == "cpu" else 1
-    deaf = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # to Ctrl-C
-    with multiprocessing.get_context("spawn").Pool(workers, *deaf) as pool:
-        for row in pool.imap(ablation_run, jobs):
-            rows.append(row)
-            say(f"{len(rows)}/{len(jobs)}  {row['setting']}, seed {row['seed']}")
-    rows = [dict.fromkeys(max(rows, key=len), math.nan) | row for row in rows]
-    write_csv(Path(folder, "runs.csv"), rows)
+    for row in in_workers(ablation_run, jobs, workers):
+        rows.append(row)
+        say(f"{len(rows)}/{len(jobs)}  {row['setting']}, seed {row['seed']}")
+    columns = max(rows, key=len)
+    if len(columns) == 2:
+        raise UserError("all runs diverged: lower --lr")
+    rows = [dict.fromkeys(columns, math.nan) | row for row in rows]
+    write_whole(Path(folder, "runs.csv"), lambda path: write_csv(path, rows))
     return rows
 
+
 def by_setting(rows, column):
-    """{setting: (a column of rows by seed, its differences to the first setting's)}."""
+    """{setting: (a column of ablate's rows by seed, its differences to the first setting's)}."""
     values = {}
     for row in rows:
         values.setdefault(row["setting"], []).append(row[column])
     values = {setting: torch.tensor(x) for setting, x in values.items()}
-    return {setting: (x, x - values[rows[0]["setting"]]) for setting, x in values.items()}
+    baseline = values[rows[0]["setting"]]
+    return {setting: (x, x - baseline) for setting, x in values.items()}
+
 
 def print_table(rows):
-    """Print ablate's linear probes in %, differences to line 1 paired by seed."""
+    """Print ablate's linear probes in percent, with differences to line 1 paired by seed."""
     print("setting          seen    difference  unseen    difference  failed  log E  log D  log A")
-    seen, unseen = by_setting(rows, "seen_linear"), by_setting(rows, "unseen_linear")
-    for setting in seen:
+    for setting in by_setting(rows, "seed"):
         line = f"{setting:15}"
-        for x, gain in (seen[setting], unseen[setting]):
-            error = (gain.var(correction=0) / (len(gain) - 1)).sqrt()
+        for column in ("seen_linear", "unseen_linear"):
+            x, gain = by_setting(rows, column)[setting]
+            error = (gain.var(correction=0) / (len(gain) - 1)).sqrt()  # nan for one seed
             line += f"{x.mean():6.1f} {gain.mean():+7.1f} +- {error:3.1f}"
-        line += f"{(~(seen[setting][1] > -10)).sum():8}"
+        _, gain = by_setting(rows, "seen_linear")[setting]
+        line += f"{len(gain) - (gain > -10).sum():8}"  # nan, diverged, is not above -10
         for column in ("log_E", "log_D", "log_A"):
-            line += f"{by_setting(rows, column)[setting][0].mean():7.3f}"
+            x, _ = by_setting(rows, column)[setting]
+            line += f"{x.mean():7.3f}"
         print(line)
     print(f"{len(gain)} seeds, +- standard error; failed: diverged, or 10 points below line 1")
+
 
 def draw_ablation(rows):
     """A Figure of print_table's differences: a dot for a seed, a bar for the mean."""
@@ -625,79 +1052,84 @@ def draw_ablation(rows):
             axes.plot(gain.mean(), setting, "k|", markersize=18)
         axes.axvline(0, color="grey")
         axes.set(xlabel=f"linear probe, {role}: points above {rows[0]['setting']}")
-    axes.invert_yaxis()
+    axes.invert_yaxis()  # the first setting on top; both panels share the axis
     return figure
 
-# ---- 8. Command line
+
+# ---- 10. Command line ----------------------------------------------------------------------------
 def make_parser():
-    """A flag for each line of Config, and three more."""
+    """A flag for each line of Config, a --no- flag for each factor, and three more."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
-    source, _, _ = inspect.getsource(Config).partition("    def ")
-    # a line of its own names a group; else "METAVAR: help"
-    for name, comment in re.findall(r"^    (\w*).*?# (.*)", source, re.M):
-        metavar, _, text = comment.rpartition(": ")
-        if not name:
-            group = parser.add_argument_group(text)
-            continue
-        kind, flag = Config.__annotations__[name], "--" + name.replace("_", "-")
-        special = {bool: dict(action=argparse.BooleanOptionalAction),
-                   tuple: dict(action="append", metavar=metavar)}
-        options = special.get(kind, dict(type=kind, metavar=metavar))
-        group.add_argument(flag, help=f"{text} (letters: {getattr(Config, name)})", **options)
-        if name in ("emphasis", "deemphasis", "attenuation"):
-            group.add_argument(f"--no-{name}", dest=name, action="store_const", const=0.0)
-    group = parser.add_argument_group("runs")
-    group.add_argument(
-        "--ablate", action="store_true", help="all switches and two controls, 10 runs a seed (2 "
-        "minutes for letters), in a folder in OUT")
-    group.add_argument("--seeds", type=int, metavar="N", help="seeds of --ablate (3)")
-    group.add_argument("--resume", metavar="FOLDER", help="go on with a stopped run")
+        usage="%(prog)s [--help] [FLAGS]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # a preset fills in what is not given
+    )
+    kinds = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"action": "append"}}
+    for setting in fields(Config):
+        flag = "--" + setting.name.replace("_", "-")
+        kind = kinds.get(type(setting.default), {"type": type(setting.default)})
+        text = f"{setting.metadata['help']} (letters: {setting.default})"
+        parser.add_argument(flag, help=text, **kind)
+        if setting.name in ("emphasis", "deemphasis", "attenuation"):
+            off = {"dest": setting.name, "action": "store_const", "const": 0.0}
+            parser.add_argument(f"--no-{setting.name}", **off)
+    parser.add_argument("--ablate", action="store_true", help="all switches and two controls")
+    parser.add_argument("--seeds", type=int, help="seeds of --ablate (3)")
+    parser.add_argument("--resume", metavar="FOLDER", help="go on with a stopped run")
     return parser
 
+
+def make_config(given, folder):
+    """The Config of the flags that were given, or of the run in a folder that is to go on."""
+    if "unseen" in given:
+        given["unseen"] = tuple(given["unseen"])  # a list can be no default of a dataclass
+    try:
+        if folder:
+            return replace(read_run(folder)["config"], **given)
+        return Config(**preset(given.get("dataset", "glyphs"), given.get("encoder")) | given)
+    except ValueError as error:
+        raise UserError(error)
+
+
+ONE_CLASS_LINE = "{dataset} ({role}): one class leaves nothing to probe"
+PROBE_LINE = (
+    "{dataset} ({role}): linear probe {linear:.1f}% (untrained {random_linear:.1f}%), "
+    "kNN {knn:.1f}% ({random_knn:.1f}%)"
+)
+
+
 def main(argv=None):
-    """The command line."""
+    """The command line: what a user can mend is told in one line, with exit status 2."""
     parser = make_parser()
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        close = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1)
-        parser.error(f"there is no {unknown[0]}; is it {' or '.join(close) or 'in --help'}?")
-    given = vars(given)
-    ablation, seeds, folder = [given.pop(name, None) for name in ("ablate", "seeds", "resume")]
-    if folder and (given or ablation) or ablation and WORLD > 1:
-        parser.error("--resume goes alone, --ablate without torchrun")
-    if seeds is not None and not (ablation and seeds > 0):
+    given = vars(parser.parse_args(argv))
+    ablation = given.pop("ablate", False)
+    seeds = given.pop("seeds", None)
+    folder = given.pop("resume", None)
+    if seeds is not None and (not ablation or seeds < 1):
         parser.error("--seeds goes with --ablate and is at least 1")
     try:
-        defaults = preset(given.get("dataset", "glyphs"), given.get("encoder"))
-        config = read_checkpoint(folder)["config"] if folder else Config(**defaults | given)
-    except (UserError, ValueError) as error:
-        parser.error(str(error).splitlines()[0])
-    try:
-        if WORLD > 1:
-            if config.device == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group()
+        config = make_config(given, folder)
         if not ablation:
             for row in run(config, folder=folder)["probes"]:
-                print("{dataset} ({role}): linear probe {linear:.1f}% (untrained "
-                      "{random_linear:.1f}%), kNN {knn:.1f}% ({random_knn:.1f}%)".format(**row))
+                print((PROBE_LINE if row["linear"] else ONE_CLASS_LINE).format(**row))
             return
         folder = Path(config.out, f"ablation-{config.name()}")
         seeds = range(config.seed, config.seed + (seeds or 3))
         rows = ablate(SWITCHES, seeds, config, folder)
+        # the controls are matched to these rows; finished runs are only read
         rows = ablate(SWITCHES | matched_controls(rows, config), seeds, config, folder)
         draw_ablation(rows).savefig(folder / "figure.png", dpi=150)
         print_table(rows)
+    except torch.OutOfMemoryError:
+        parser.exit(2, f"{parser.prog}: the GPU's memory is full: lower --batch-size\n")
     except (UserError, FloatingPointError, OSError, ImportError) as error:
-        parser.exit(2, f"{parser.prog}: {str(error).splitlines()[0]}\n")
+        parser.exit(2, f"{parser.prog}: {first_line(error)}\n")
     except KeyboardInterrupt:
-        parser.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        # 130: as the shell counts it; run has given its own advice
+        parser.exit(130, "\nstopped; the same command goes on\n" if ablation else "")
+
 
 if __name__ == "__main__":
     main()
