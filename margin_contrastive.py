@@ -8,15 +8,15 @@ three exact factors on the gradient of NT-Xent, SimCLR's loss, each with a switc
 
     E  emphasis, at least 1     pulls a positive pair harder at small angles     --no-emphasis
     D  de-emphasis, at most 1   pulls a positive pair more softly at wide ones   --no-deemphasis
-    A  attenuation, at least 1  keeps the gradient of a view that is nearly right from fading (it
-                                attenuates the *diminishing* of the gradient)    --no-attenuation
+    A  attenuation, at least 1  strengthens the whole gradient of a view whose positive is already
+                                probable, where NT-Xent's fades away             --no-attenuation
 
 All three on is the gradient of the margin loss, all three off that of NT-Xent.
 
     python margin_contrastive.py --margin 0.2 --no-attenuation   train on letters, then probe
     python margin_contrastive.py --ablate                        all switches, and two controls
 
-Sections 1 to 4 and train_epoch are the method. The rest is data, settings, runs and tables.
+Sections 1 to 4, train_step and train_epoch are the method, the rest data, settings and runs.
 """
 
 import argparse
@@ -46,25 +46,26 @@ from torch import nn
 
 # ---- 1. Loss -------------------------------------------------------------------------------------
 # For one anchor: c = cos(theta) with its positive, others = logsumexp of cos(theta_k) / tau over
-# its negatives k. The positive's probability, by the softmax, is p = sigmoid(-u).
-#   NT-Xent      L  = softplus(u),  u = others - c / tau
-#                dL = sigmoid(u) * (d others - dc / tau)
-#   A margin m   puts cos(theta + m) for c; u becomes u + delta, delta = (c - cos(theta + m)) / tau
-#                dL = sigmoid(u + delta) * (d others - g dc / tau),  g = sin(theta + m) / sin(theta)
-#   Divide       the pull on the positive is multiplied by g = E * D, E = max(g, 1), D = min(g, 1),
-#                all that the anchor does by A = sigmoid(u + delta) / sigmoid(u)
+# its negatives k, and u = others - c / tau. The positive's softmax probability is p = sigmoid(-u).
+#   NT-Xent    L  = -log p = softplus(u)
+#              dL = sigmoid(u) * (d others - dc / tau)
+#   Margin m   cos(theta + m) in place of c makes u larger by delta = (c - cos(theta + m)) / tau
+#              dL = sigmoid(u + delta) * (d others - g * dc / tau),  g = sin(theta + m) / sin(theta)
+#   Factors    g = E * D, with E = max(g, 1), D = min(g, 1);  A = sigmoid(u + delta) / sigmoid(u)
+#              dL = sigmoid(u) * A * (d others - E * D * dc / tau)
+# Past theta = pi - m the shifted angle stays at pi: its cosine is -1, and g and D are 0.
 
 
 def pair_terms(z1, z2, *, temperature):
-    """Each anchor's c and others, as defined above, when all 2N views of a batch are anchors.
+    """c and others, as defined above, of all 2N views of a batch as anchors: two tensors (2N,).
 
-    z1, z2: (N, dim) embeddings of the two views of N >= 2 images, normalised here. Returns two
-    tensors (2N,), float32 or, as z1, float64. ValueError for other shapes.
+    z1, z2: (N, dim) embeddings of the two views of N >= 2 images, normalised here. The result is
+    float64 if they are, else float32. ValueError for other shapes.
     """
     if z1.shape != z2.shape or z1.ndim != 2 or len(z1) < 2:
         raise ValueError(f"not (N, dim) twice, N >= 2: {tuple(z1.shape)}, {tuple(z2.shape)}")
     n = len(z1)
-    with torch.autocast(z1.device.type, enabled=False):  # else the product is in half precision
+    with torch.autocast(z1.device.type, enabled=False):  # a caller's autocast would halve precision
         z = torch.cat([z1, z2])
         z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)))
         c = (z[:n] * z[n:]).sum(dim=1).repeat(2)
@@ -77,22 +78,22 @@ def pair_terms(z1, z2, *, temperature):
 
 @torch.no_grad()
 def gradient_factors(c, u, *, temperature, margin, subtractive_margin=0.0):
-    """(E, D, log A) of a margin in radians, each of the shape of c.
+    """(E, D, log A) of a margin in radians, each of the shape of c and u, as defined above.
 
-    c: cosine with the positive; u: others - c / temperature. subtractive_margin is taken off the
-    cosine; it adds to delta and, a constant, leaves g alone. E acts below (pi - margin) / 2, where
-    g is 1, D above. A is given by its logarithm, as it can be as large as exp(delta).
+    At theta = (pi - margin) / 2, g is 1: at smaller angles E acts, at wider ones D. A constant
+    subtractive_margin, taken off the cosine, adds to delta and leaves g as it is. A is given by its
+    logarithm, since it can be as large as exp(delta).
     """
-    # 0 at theta = 0 and pi: there eps keeps g finite, at most sin(margin) / sqrt(eps)
+    # sin(theta) is 0 at theta = 0 and pi, where eps keeps g finite
     sin = ((1 - c) * (1 + c)).clamp(min=torch.finfo(c.dtype).eps).sqrt()
     g = math.cos(margin) + math.sin(margin) * c / sin  # = sin(theta + margin) / sin(theta)
     shifted = c * math.cos(margin) - sin * math.sin(margin)  # = cos(theta + margin)
-    # past pi - margin the shifted angle stays at pi: its cosine is -1 and has no slope
-    shifted = torch.where(g > 0, shifted, -1.0)
-    g = g.clamp(min=0)
+    shifted = torch.where(g > 0, shifted, -1.0)  # g is 0 at theta = pi - margin
     delta = (c - shifted + subtractive_margin) / temperature
     log_A = F.logsigmoid(u + delta) - F.logsigmoid(u)
-    return g.clamp(min=1), g.clamp(max=1), log_A
+    E = g.clamp(min=1)
+    D = g.clamp(min=0, max=1)
+    return E, D, log_A
 
 
 def check_range(name, value, low, high):
@@ -105,11 +106,12 @@ def check_loss_settings(
     temperature, margin, subtractive_margin, emphasis, deemphasis, attenuation, positive_scale
 ):
     """ValueError that names the setting of margin_loss that is out of range, and its value."""
+    # within these ranges every product below is finite in float32
     check_range("temperature", temperature, 1e-6, 1e6)
     check_range("margin, in radians,", margin, 0, 3.14)  # at pi nothing would be pulled
     check_range("subtractive_margin", subtractive_margin, 0, 1e6)
-    check_range("emphasis", emphasis, 0, 4)  # 0**-1 is infinite, and E**5 leaves float32's range
-    check_range("deemphasis", deemphasis, 0, 4)
+    check_range("emphasis", emphasis, 0, 4)
+    check_range("deemphasis", deemphasis, 0, 4)  # D can be 0, and 0**-1 is infinite
     check_range("attenuation", attenuation, 0, 4)
     check_range("positive_scale", positive_scale, 1e-6, 1e6)
 
@@ -128,18 +130,19 @@ def margin_loss(
 ):
     """NT-Xent with its gradient scaled as a margin scales it, each of the three effects apart.
 
-    c, others: of one shape, from pair_terms, a queue (MoCo) or another modality (CLIP). margin is
-    in radians (ArcFace's), subtractive_margin in cosine (CosFace's). emphasis, deemphasis and
-    attenuation are strengths, exponents of E, D, A: 1 as in the margin, 0 off. positive_scale is a
-    constant on all pulls. Returns a scalar: its *value* is NT-Xent's, the margin is in its (first)
-    gradient alone. ValueError for unlike shapes or a setting out of range.
+    c, others: of one shape, as defined above, wherever they come from (a batch, a queue). margin is
+    an angle in radians, subtractive_margin a cosine. emphasis, deemphasis and attenuation are
+    strengths, the exponents of E, D and A: 1 as in the margin, 0 off. positive_scale is a constant
+    on the pull of every positive. Returns a scalar with NT-Xent's *value*; the margin is in its
+    gradient (the first: a second one would not see the factors change). ValueError for unlike
+    shapes or a setting out of range.
     """
     if c.shape != others.shape:
         raise ValueError(f"c and others differ: {tuple(c.shape)}, {tuple(others.shape)}")
     check_loss_settings(
         temperature, margin, subtractive_margin, emphasis, deemphasis, attenuation, positive_scale
     )
-    # float32 at least: half precision is too coarse for exponentials
+    # float32 at least: half precision is too coarse for what is exponentiated
     c = c.to(torch.promote_types(c.dtype, torch.float32))
     others = others.to(c.dtype)
     u = others - c / temperature
@@ -147,11 +150,12 @@ def margin_loss(
         c, u, temperature=temperature, margin=margin, subtractive_margin=subtractive_margin
     )
     pull = positive_scale * E**emphasis * D**deemphasis
-    # sigmoid(u) * A**attenuation, by logarithms; above 1 only for attenuation > 1, hence the limit
+    # sigmoid(u) * A**attenuation, by logarithms. It is at most 1 for attenuation <= 1; beyond, the
+    # limit of exp(20) lies far above any use and far below what overflows
     weight = (F.logsigmoid(u) + attenuation * log_A).clamp(max=20).exp().detach()
-    # linear in others and c, the factors constant: its gradient is the last line of the derivation
+    # weight and pull are constants here, so the gradient of this is the derivation's last line
     scaled = (weight * (others - pull * c / temperature)).mean()
-    nt_xent = -F.logsigmoid(-u).mean()  # softplus(u) = -log p; F.softplus is cut to u past 20
+    nt_xent = F.softplus(u).mean()
     # (x - x.detach()) is 0 and has x's gradient: NT-Xent's value with the scaled slope
     return nt_xent.detach() + (scaled - scaled.detach())
 
@@ -164,14 +168,15 @@ def margin_contrastive_loss(z1, z2, *, temperature=0.2, margin=0.2, **settings):
 
 # ---- 2. Views ------------------------------------------------------------------------------------
 def sample_points(start, length, size):
-    """Where `size` pixels lie that divide the stretch [start, start + length) of one side evenly.
+    """Along one side of the image: the places at which to read a crop, one for each new pixel.
 
-    start, length: (N, 1, 1) in pixels; size: of the side, before and after. Returns (N, 1, size) in
-    grid_sample's unit, in which -1 and 1 are the two edges of the image.
+    start, length: of the crop, (N, 1, 1) in pixels; size: of the side, in pixels. Returns
+    (N, 1, size) in grid_sample's unit, in which -1 and 1 are the two edges of the image.
     """
+    # the crop in `size` equal parts: the centre of each, counted from the crop's first pixel
     pixel = (torch.arange(size, device=start.device) + 0.5) / size * length - 0.5
-    # not beyond the centres of the box's own border pixels: torchvision, too, sees nothing outside,
-    # and padding_mode="border" is missing on Apple's GPUs (pytorch 125098)
+    # nothing outside of the crop is read; nor outside of the image, so that grid_sample needs no
+    # padding_mode="border", which Apple's GPUs do not have (PyTorch issue 125098)
     pixel = torch.minimum(pixel.clamp(min=0), length - 1)
     return (2 * (start + pixel) + 1) / size - 1
 
@@ -186,7 +191,7 @@ def crop_and_flip(images, *, top, left, height, width, flip):
     x = torch.where(flip, x.flip(2), x)
     x, y = torch.broadcast_tensors(x, y.transpose(1, 2))  # (N, H, W) each
     grid = torch.stack([x, y], dim=3)
-    # Apple's GPUs read channels-last images wrongly (pytorch 174339); no copy if contiguous
+    # contiguous: Apple's GPUs read channels-last images wrongly (PyTorch issue 174339)
     return F.grid_sample(images.contiguous(), grid, align_corners=False)
 
 
@@ -199,31 +204,32 @@ def jitter_colors(images, *, brightness, contrast, saturation, hue, to_grey):
     """Change each image's colours, by one 3x3 matrix and one offset an image.
 
     images: (N, 3, H, W) in [0, 1]. brightness, contrast, saturation: (N, 1, 1) factors, 1 for no
-    change; hue: (N, 1, 1) in turns; to_grey: (N, 1, 1) bool. Unlike torchvision in this order, with
-    one clamp at the end, and with a hue that turns the RGB cube about its grey axis.
+    change; hue: (N, 1, 1) in turns; to_grey: (N, 1, 1) bool. As in torchvision, but always in this
+    order, clamped to [0, 1] only at the end, and with hue as a rotation of the RGB cube.
     """
     identity = torch.eye(3, device=images.device)
-    red_to_green = identity.roll(1, 0)  # a third of a turn: green becomes blue, blue red
-    # Rodrigues' rotation about the axis (1, 1, 1)
+    # Rodrigues' rotation about the grey axis k = (1, 1, 1) / 3**0.5: cos I + sin K + (1 - cos) k k'
     angle = 2 * math.pi * hue
-    sideways = (red_to_green - red_to_green.T) / 3**0.5
-    hue_rotation = angle.cos() * identity + angle.sin() * sideways + (1 - angle.cos()) / 3
+    cross_product = (identity.roll(1, 0) - identity.roll(-1, 0)) / 3**0.5  # K
+    hue_rotation = angle.cos() * identity + angle.sin() * cross_product + (1 - angle.cos()) / 3
 
+    # colors: (N, 3, 3), the rows give red, green and blue of the result
     colors = brightness * contrast * identity
-    # contrast is about the image's mean grey; the steps below do not change a grey
+    # contrast moves colours away from the image's mean grey, and no step below changes a grey
     offset = brightness * (1 - contrast) * grey(images.mean((2, 3)))[:, :, None]
     colors = saturation * colors + (1 - saturation) * grey(colors)
     colors = hue_rotation @ colors
     colors = torch.where(to_grey, grey(colors), colors)
-    # applied once: three times as fast as five passes over the pixels
+    # all at once on the pixels: three times as fast as step by step
     return torch.baddbmm(offset, colors, images.flatten(2)).clamp(0, 1).view_as(images)
 
 
 def augment(images, *, crop_min=0.2, color_strength=0.5, gray_prob=0.1, flip=True):
-    """A random view of each image, SimCLR's; the whole batch at once, on its device.
+    """A random view of each image, as in SimCLR; the whole batch at once, on its device.
 
     images: (N, 3, H, W) float in [0, 1]. A crop keeps crop_min to 1 of the area at an aspect ratio
-    of 3/4 to 4/3; half of the views are mirrored if flip, 80% change colour, gray_prob turn grey.
+    of 3/4 to 4/3; half of the views are mirrored if flip, 80% change colour, and a share of
+    gray_prob turns grey. The defaults suit small photographs.
     """
     n, _, height, width = images.shape
 
@@ -232,7 +238,7 @@ def augment(images, *, crop_min=0.2, color_strength=0.5, gray_prob=0.1, flip=Tru
 
     area = height * width * uniform(crop_min, 1)
     aspect = uniform(math.log(3 / 4), math.log(4 / 3)).exp()
-    # torchvision draws again until a box fits; here a side that is too long is cut
+    # a side that is longer than the image's is cut, where torchvision draws both again
     crop_height = (area / aspect).sqrt().clamp(max=height)
     crop_width = (area * aspect).sqrt().clamp(max=width)
     views = crop_and_flip(
@@ -299,7 +305,9 @@ class Model(nn.Module):
             nn.BatchNorm1d(2 * features),
             nn.ReLU(inplace=True),
             nn.Linear(2 * features, 128),
-            nn.BatchNorm1d(128, affine=False),  # spreads the embeddings from the first step
+            nn.BatchNorm1d(
+                128, affine=False
+            ),  # centred: else all embeddings begin in one direction
         )
 
     def forward(self, images):
@@ -328,16 +336,20 @@ def linear_probe(h_train, y_train, h_test, y_test):
     classes = int(y_train.max()) + 1
     coefficients = x_train.new_zeros(x_train.shape[1], classes).requires_grad_()
     biases = x_train.new_zeros(classes).requires_grad_()
-    # ends when the gradient is next to 0, within 200 iterations; not at a small step, as by default
-    ending = {"max_iter": 200, "max_eval": 1000, "tolerance_grad": 1e-5, "tolerance_change": 0}
     optimizer = torch.optim.LBFGS(
-        [coefficients, biases], history_size=20, line_search_fn="strong_wolfe", **ending
+        [coefficients, biases],
+        max_iter=200,
+        max_eval=1000,  # the line search takes a few of them in each iteration
+        tolerance_grad=1e-5,
+        tolerance_change=0,  # by default a small step ends it, before the optimum
+        history_size=20,
+        line_search_fn="strong_wolfe",
     )
 
     def closure():
         optimizer.zero_grad()
         cross_entropy = F.cross_entropy(x_train @ coefficients + biases, y_train)
-        # the weak penalty keeps the optimum finite where the classes can be separated
+        # a weak penalty, the same for all settings: separable classes would have no finite optimum
         loss = cross_entropy + 0.005 * coefficients.square().sum()
         loss.backward()
         return loss
@@ -355,7 +367,7 @@ def knn(h_train, y_train, h_test, y_test, *, k=10):
     h_train = F.normalize(h_train)
     h_test = F.normalize(h_test)
     k = min(k, len(h_train))
-    # all votes count about 1; the nearest a little more, so that it decides a tie
+    # one vote each, and 1/2, 1/4, 1/8, ... more, which is below one vote in all: breaks ties only
     votes = 1 + 0.5 ** torch.arange(1, k + 1).to(h_train)
     guesses = []
     for h in h_test.split(1000):  # 1,000 rows of cosines at a time, to fit in memory
@@ -365,10 +377,10 @@ def knn(h_train, y_train, h_test, y_test, *, k=10):
     return 100 * (torch.cat(guesses) == y_test).float().mean().item()
 
 
-def probe(model, train, test, prefix=""):
-    """{"linear", "knn"}: test accuracies in percent of the frozen encoder; None for one class.
+def probe(model, train, test):
+    """(linear probe, kNN): test accuracies in percent of the frozen encoder; None for one class.
 
-    train, test: images (N, 3, 32, 32) uint8 and labels (N,) int64. prefix: of the two names.
+    train, test: images (N, 3, 32, 32) uint8 and labels (N,) int64.
     """
     h_train = extract_features(model, train[0])
     h_test = extract_features(model, test[0])
@@ -377,9 +389,9 @@ def probe(model, train, test, prefix=""):
     y_train = train[1].to(h_train.device)
     y_test = test[1].to(h_test.device)
     if y_train.max() == 0:  # one class leaves nothing to tell apart
-        return {f"{prefix}linear": None, f"{prefix}knn": None}
-    linear = linear_probe(h_train, y_train, h_test, y_test)
-    return {f"{prefix}linear": linear, f"{prefix}knn": knn(h_train, y_train, h_test, y_test)}
+        return None, None
+    data = (h_train, y_train, h_test, y_test)
+    return linear_probe(*data), knn(*data)
 
 
 # ---- 5. Data -------------------------------------------------------------------------------------
@@ -430,16 +442,17 @@ def glyphs(characters, count, seed):
     labels = torch.arange(count) % len(characters)
     font = torch.randint(len(FONTS), (count,), generator=generator)
     stencils = draw_stencils(characters)[font, labels]
-    # the image is a window of 32 of the stencil's 48 pixels, and characters of 32 become 22 to 32
+    # the image shows 32 of the stencil's 48 pixels (zoom 32 / 48) if the character, drawn at 32
+    # points, shall keep that size; it gets 22 to 32
     zoom = 32 / 48 * 32 / uniform(22, 32, 1, 1)
     angle = uniform(-15, 15).deg2rad()
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1)
-    shift = uniform(-0.12, 0.12, 2, 1)  # in halves of the stencil
+    shift = uniform(-0.12, 0.12, 2, 1)  # up to 3 of the stencil's pixels
     warp = torch.cat([zoom * rotation.view(-1, 2, 2), shift], 2)
     grid = F.affine_grid(warp, (count, 1, 32, 32), align_corners=False)
     ink = F.grid_sample(stencils, grid, align_corners=False)
     paper = uniform(0, 1, 3, 1, 1)
-    # modulo 1, so that ink and paper are at least 0.35 apart in every channel
+    # at least 0.35 from paper in every channel, also where modulo 1 wraps around
     color = (paper + uniform(0.35, 0.65, 3, 1, 1)) % 1
     noise = 0.03 * torch.randn(count, 3, 32, 32, generator=generator)
     images = (paper + ink * (color - paper) + noise).clamp(0, 1)
@@ -468,9 +481,10 @@ def read_picture(path):
     """A file as an upright RGB picture, laid on white where it is transparent."""
     try:
         with Image.open(path) as picture:
-            if picture.mode[0] in "IF":  # convert would cut all values above 255
+            if picture.mode[0] in "IF":  # 16 or 32 bits, which convert would cut at 255
                 raise UserError(f"{path} has more than 8 bits a channel: save it with 8")
             picture = ImageOps.exif_transpose(picture).convert("RGBA")
+    # SyntaxError and ValueError are Pillow's for some broken files
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read: {first_line(error)}")
     white = Image.new("RGBA", picture.size, "white")
@@ -520,7 +534,7 @@ def load_images(name, split, data_dir="data", max_images=0):
 
 # ---- 6. Settings ---------------------------------------------------------------------------------
 def setting(default, text, compare=True):
-    """A line of Config: default, help, and whether two runs that differ in it are two."""
+    """A line of Config: its default and its help. compare=False: no part of what a run is."""
     return field(default=default, metadata={"help": text}, compare=compare)
 
 
@@ -571,13 +585,15 @@ class Config:
         check_range("gray_prob", self.gray_prob, 0, 1)
         check_range("epochs", self.epochs, 1, 1e6)
         check_range("batch_size", self.batch_size, 2, 1e6)  # one image has no negatives
-        check_range("lr", self.lr, 0, 1e38)  # finite in float32
+        check_range(
+            "lr", self.lr, 0, 1e38
+        )  # neither inf nor nan; too large a one shows in the loss
         check_range("seed", self.seed, 0, 2**31 - 1)  # train_epoch's seeds fit in 64 bits
         if self.encoder not in ("small", "resnet18"):
             raise ValueError(f"encoder must be small or resnet18, not {self.encoder}")
 
     def name(self):
-        """What a run's folder is called, but for its number."""
+        """What a run's folder is called, but for its number; of a long path only the end."""
         switches = f"E{self.emphasis:g}D{self.deemphasis:g}A{self.attenuation:g}"
         loss = f"tau{self.temperature:g}-margin{self.margin:g}-{switches}"
         return file_name(f"{self.dataset[-40:]}-batch{self.batch_size}-{loss}-seed{self.seed}")
@@ -591,7 +607,7 @@ def file_name(text):
 def preset(dataset, encoder=None):
     """What belongs to a data set and an encoder, for Config(**preset("cifar10", "small")).
 
-    The default is small, as resnet18 takes days on a CPU, but for photographs on CUDA.
+    Without an encoder: resnet18 for photographs on CUDA (on a CPU it takes days), else small.
     """
     photographs = dataset not in GLYPHS
     default = "resnet18" if photographs and torch.cuda.is_available() else "small"
@@ -599,7 +615,7 @@ def preset(dataset, encoder=None):
     if photographs:
         values |= {"unseen": (), "crop_min": 0.2, "gray_prob": 0.1, "batch_size": 128, "epochs": 20}
         values["flip"] = dataset != "svhn"  # house numbers
-    if values["encoder"] == "resnet18":
+    if values["encoder"] == "resnet18":  # usual values for CIFAR-10, not tuned here
         values |= {"temperature": 0.5, "batch_size": 512, "lr": 0.06, "epochs": 100}
     return values
 
@@ -635,26 +651,26 @@ def learning_rate(progress, config):
 
 @torch.no_grad()
 def measure(c, others, *, temperature, margin, subtractive_margin):
-    """What metrics.csv averages, {name: (N,)}, of anchors with c and others as in margin_loss.
+    """What metrics.csv averages: {name: tensor of the shape of c}; c, others as in margin_loss.
 
-    E, D, A: what the margin does or, where a switch is off, would do. angle: in degrees. weight:
-    1 - p, how much an anchor does in NT-Xent; weight_A: with A. pull: how hard NT-Xent pulls the
-    positive along the sphere, times the temperature; pull_ED: with E and D.
+    loss: NT-Xent's. angle: theta in degrees. E, D, A: what the margin does or, where a switch is
+    off, would do. weight: 1 - p, which scales an anchor's gradient in NT-Xent; weight_A: with A.
+    pull: |dL / dtheta| * temperature, NT-Xent's pull on the positive; pull_ED: with E and D.
     """
     u = others - c / temperature
     E, D, log_A = gradient_factors(
         c, u, temperature=temperature, margin=margin, subtractive_margin=subtractive_margin
     )
     theta = c.clamp(-1, 1).acos()  # rounding can take c out of its range
-    force = torch.sigmoid(u) * theta.sin()  # dc = -sin(theta) dtheta
+    force = torch.sigmoid(u) * theta.sin()  # as dc = -sin(theta) dtheta
     return {
-        "loss": -F.logsigmoid(-u),
+        "loss": F.softplus(u),
         "angle": theta.rad2deg(),
         "E": E,
         "D": D,
         "A": log_A.clamp(max=80).exp(),  # exp(89) is infinite in float32
         "log_E": E.log(),
-        "log_D": D.log().clamp(min=-5),  # D can be 0, and one such pair would be the whole mean
+        "log_D": D.log().clamp(min=-5),  # D can be 0; a pull of 1/150 is as good as none
         "log_A": log_A,
         "pull": force,
         "pull_ED": force * E * D,
@@ -714,8 +730,9 @@ def train_epoch(network, optimizer, images, epoch, config):
     means over steps and anchors. FloatingPointError if the loss is not finite.
     """
     start = time.perf_counter()
-    steps = len(images) // config.batch_size  # who is left over has a turn in another epoch
-    # a number of its own for each seed's epochs, up to a million; times 1,009 another for the views
+    steps = len(images) // config.batch_size  # the images left over differ from epoch to epoch
+    # seeded anew, so that a resumed run repeats the epoch: one number for each seed and epoch (no
+    # run has a million), a multiple of it for the views; the two factors are just primes
     seed = config.seed * 1_000_003 + epoch
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     batches = order[: steps * config.batch_size].view(steps, config.batch_size).to(images.device)
@@ -723,7 +740,7 @@ def train_epoch(network, optimizer, images, epoch, config):
     network.train()
     sums = {}
     for step, batch in enumerate(batches):
-        progress = (epoch + (step + 0.5) / steps) / config.epochs
+        progress = (epoch + (step + 0.5) / steps) / config.epochs  # in the middle of the step
         optimizer.param_groups[0]["lr"] = learning_rate(progress, config)
         measured = train_step(network, optimizer, images[batch], config)
         # sums stay on the device: to read a number here would make the CPU wait for the GPU
@@ -761,21 +778,22 @@ def build(config, device):
     """The untrained model of a seed, and its optimizer, whose rate train_epoch sets."""
     torch.manual_seed(config.seed)
     model = Model(config.encoder).to(device)
-    if device.type != "mps":  # faster, but wrong on Apple's GPUs (pytorch 175189)
+    # channels last is faster, but wrong on Apple's GPUs (PyTorch issue 175189)
+    if device.type != "mps":
         model = model.to(memory_format=torch.channels_last)
     torch.backends.cudnn.benchmark = True  # all batches have one size: it pays to try kernels
     return model, torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
 
 
 def write_whole(path, write):
-    """Let write(path) make a file whole or not at all: beside its place first, then in it."""
+    """Let write(path) make a file, whole or not at all: under another name, then renamed."""
     partial = path.with_name(f"{path.name}.partial")
     try:
         write(partial)
         partial.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save has a RuntimeError for a full disk
         partial.unlink(missing_ok=True)
-        advice = f"when there is room, --resume {path.parent} goes on from the last whole epoch"
+        advice = "with room on the disk, --resume FOLDER or the same --ablate goes on"
         raise UserError(f"{path} cannot be written ({first_line(error)}); {advice}")
 
 
@@ -788,7 +806,7 @@ def write_csv(path, rows):
 
 
 def save_checkpoint(folder, config, model, optimizer, history):
-    """What it takes to go on from here: checkpoint.pt; and metrics.csv to look at."""
+    """What it takes to go on, without random states, as train_epoch seeds them; and metrics.csv."""
     state = {
         "config": vars(config),
         "history": history,
@@ -800,7 +818,7 @@ def save_checkpoint(folder, config, model, optimizer, history):
 
 
 def read_run(folder, config=None):
-    """A run's checkpoint with its Config, its Model and its results, or None for these.
+    """A run's checkpoint, with its Config, its Model and, if it has finished, its results.
 
     UserError if there is none of this version, or none of this config.
     """
@@ -811,11 +829,12 @@ def read_run(folder, config=None):
         weights = state["model"]
         state["model"] = Model(state["config"].encoder).eval()
         state["model"].load_state_dict(weights)
+        # dict, which results are, raises for what is not
         state["results"] = dict(json.loads(results.read_text())) if results.exists() else None
     # no file; not a whole one; not one of this version
     except (OSError, pickle.PickleError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder} holds no run of this version: {first_line(error)}")
-    if config not in (None, state["config"]):
+    if config and config != state["config"]:
         raise UserError(f"{folder} holds a run with other settings")
     return state
 
@@ -843,8 +862,16 @@ def draw_curves(history, title):
     return figure
 
 
-def write_results(folder, config, history, probes):
-    """curves.png and results.json. Returns what is in the latter."""
+def write_results(folder, config, history, untrained, trained):
+    """curves.png and results.json. Returns what is in the latter.
+
+    untrained, trained: what probe_sets gives before and after training, {} for what is not known.
+    """
+    probes = []
+    for name, (linear, neighbours) in trained.items():
+        row = {"dataset": name, "role": "unseen" if probes else "seen"}
+        row["random_linear"], row["random_knn"] = untrained.get(name, (None, None))
+        probes.append(row | {"linear": linear, "knn": neighbours})
     results = {
         "config": vars(config),
         "probes": probes,
@@ -859,10 +886,16 @@ def write_results(folder, config, history, probes):
     return results
 
 
-def probe_sets(model, sets, rows, prefix=""):
-    """Add probe's accuracies to the row of each data set."""
-    for row in rows:
-        row.update(probe(model, *sets[row["dataset"]], prefix))
+def probe_sets(model, sets):
+    """{name of the data set: (linear probe, kNN)}, the seen set first."""
+    return {name: probe(model, train, test) for name, (train, test) in sets.items()}
+
+
+def restore(earlier, model, optimizer):
+    """Put what read_run gives into a new model and its optimizer. Returns the history so far."""
+    model.load_state_dict(earlier["model"].state_dict())
+    optimizer.load_state_dict(earlier["optimizer"])
+    return earlier["history"]
 
 
 EPOCH_LINE = (
@@ -878,26 +911,21 @@ def run(config, on_epoch=None, *, folder=None, untrained=True, verbose=True):
     else a new one. untrained: probe the encoder before its first step, too. verbose: print.
     """
     say = print if verbose else lambda text: None
-    begun = folder and Path(folder, "checkpoint.pt").exists()
-    earlier = read_run(folder, config) if begun else {"results": None, "history": []}
-    if earlier["results"]:
-        say(f"{folder} has finished")
-        return earlier["results"] | {"folder": str(folder)}  # which may have been moved
+    earlier = None
+    if folder and Path(folder, "checkpoint.pt").exists():
+        earlier = read_run(folder, config)
+        if earlier["results"]:
+            say(f"{folder} has finished")
+            return earlier["results"] | {"folder": str(folder)}  # it may have been moved
     device = open_device(config.device)
     images, sets = load_data(config)
     folder = Path(folder or new_folder(config))
     folder.mkdir(parents=True, exist_ok=True)
-    number = "bfloat16" if has_bfloat16(device) else "float32"
-    say(f"{folder}: {len(images):,} images, {config.encoder} encoder, {device}, {number}")
+    dtype = "bfloat16" if has_bfloat16(device) else "float32"
+    say(f"{folder}: {len(images):,} images, {config.encoder} encoder, {device}, {dtype}")
     model, optimizer = build(config, device)
-    probes = [{"dataset": name, "role": "unseen"} for name in sets]
-    probes[0]["role"] = "seen"
-    if untrained:
-        probe_sets(model, sets, probes, prefix="random_")
-    if begun:
-        model.load_state_dict(earlier["model"].state_dict())
-        optimizer.load_state_dict(earlier["optimizer"])
-    history = earlier["history"]
+    before = probe_sets(model, sets) if untrained else {}
+    history = restore(earlier, model, optimizer) if earlier else []
     images = images.to(device)
     try:
         for epoch in range(len(history), config.epochs):
@@ -911,8 +939,7 @@ def run(config, on_epoch=None, *, folder=None, untrained=True, verbose=True):
         if history:
             say(f"\nstopped. To go on: python margin_contrastive.py --resume {folder}")
         raise
-    probe_sets(model, sets, probes)
-    return write_results(folder, config, history, probes)
+    return write_results(folder, config, history, before, probe_sets(model, sets))
 
 
 # ---- 9. Ablation ---------------------------------------------------------------------------------
@@ -931,10 +958,11 @@ SWITCHES = {
 
 
 def matched_controls(rows, config):
-    """Two settings that know neither angle nor probability, as strong in total as the margin.
+    """Two settings as strong as the margin in total, but blind to angle and probability.
 
-    A constant on the pull that adds up to what E * D does to it in ablate's rows of E+D+A, and a
-    learning rate that adds up to A's steps there. {} if these runs diverged.
+    From ablate's rows of E+D+A: the pull times a constant, which is the sum of all pulls with E * D
+    over the sum without; the rate times a constant, likewise from the weights with and without A.
+    {} if these runs diverged.
     """
     full = [row for row in rows if row["setting"] == "E+D+A" and not math.isnan(row["pull"])]
     if not full:
@@ -951,7 +979,7 @@ def matched_controls(rows, config):
 def ablation_run(job):
     """(setting, Config, folder) -> a row of ablate; its two first columns only if it diverges."""
     setting, config, folder = job
-    torch.set_num_threads(1)  # there are as many workers as cores
+    torch.set_num_threads(1)  # on a CPU there are as many workers as cores
     row = {"setting": setting, "seed": config.seed}
     try:
         results = run(config, folder=folder, untrained=False, verbose=False)
@@ -982,7 +1010,7 @@ def in_workers(function, jobs, count):
                 'a worker has ended: a script needs `if __name__ == "__main__":` around ablate, a '
                 "notebook imports this file instead of pasting it; or else memory has run out"
             )
-        except BaseException:  # Ctrl-C, or a run's error: do not wait for the other runs
+        except BaseException:  # Ctrl-C, or a run's error: end this process's children at once
             for worker in multiprocessing.active_children():
                 worker.terminate()
             raise
@@ -1007,10 +1035,10 @@ def ablate(settings, seeds, config, folder, say=print):
     for row in in_workers(ablation_run, jobs, workers):
         rows.append(row)
         say(f"{len(rows)}/{len(jobs)}  {row['setting']}, seed {row['seed']}")
-    columns = max(rows, key=len)
-    if len(columns) == 2:
+    whole_rows = [row for row in rows if "loss" in row]
+    if not whole_rows:
         raise UserError("all runs diverged: lower --lr")
-    rows = [dict.fromkeys(columns, math.nan) | row for row in rows]
+    rows = [dict.fromkeys(whole_rows[0], math.nan) | row for row in rows]
     write_whole(Path(folder, "runs.csv"), lambda path: write_csv(path, rows))
     return rows
 
@@ -1028,11 +1056,11 @@ def by_setting(rows, column):
 def print_table(rows):
     """Print ablate's linear probes in percent, with differences to line 1 paired by seed."""
     print("setting          seen    difference  unseen    difference  failed  log E  log D  log A")
-    for setting in by_setting(rows, "seed"):
+    for setting in dict.fromkeys(row["setting"] for row in rows):  # each once, in their order
         line = f"{setting:15}"
         for column in ("seen_linear", "unseen_linear"):
             x, gain = by_setting(rows, column)[setting]
-            error = (gain.var(correction=0) / (len(gain) - 1)).sqrt()  # nan for one seed
+            error = gain.std() / len(gain) ** 0.5 if len(gain) > 1 else math.nan
             line += f"{x.mean():6.1f} {gain.mean():+7.1f} +- {error:3.1f}"
         _, gain = by_setting(rows, "seen_linear")[setting]
         line += f"{len(gain) - (gain > -10).sum():8}"  # nan, diverged, is not above -10
@@ -1067,14 +1095,13 @@ def make_parser():
         argument_default=argparse.SUPPRESS,  # a preset fills in what is not given
     )
     kinds = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"action": "append"}}
-    for setting in fields(Config):
-        flag = "--" + setting.name.replace("_", "-")
-        kind = kinds.get(type(setting.default), {"type": type(setting.default)})
-        text = f"{setting.metadata['help']} (letters: {setting.default})"
-        parser.add_argument(flag, help=text, **kind)
-        if setting.name in ("emphasis", "deemphasis", "attenuation"):
-            off = {"dest": setting.name, "action": "store_const", "const": 0.0}
-            parser.add_argument(f"--no-{setting.name}", **off)
+    for knob in fields(Config):
+        text = f"{knob.metadata['help']} (letters: {knob.default})"
+        kind = kinds.get(type(knob.default), {"type": type(knob.default)})
+        parser.add_argument("--" + knob.name.replace("_", "-"), help=text, **kind)
+        if knob.name in ("emphasis", "deemphasis", "attenuation"):
+            off = {"dest": knob.name, "action": "store_const", "const": 0.0}
+            parser.add_argument(f"--no-{knob.name}", **off)
     parser.add_argument("--ablate", action="store_true", help="all switches and two controls")
     parser.add_argument("--seeds", type=int, help="seeds of --ablate (3)")
     parser.add_argument("--resume", metavar="FOLDER", help="go on with a stopped run")
@@ -1084,7 +1111,7 @@ def make_parser():
 def make_config(given, folder):
     """The Config of the flags that were given, or of the run in a folder that is to go on."""
     if "unseen" in given:
-        given["unseen"] = tuple(given["unseen"])  # a list can be no default of a dataclass
+        given["unseen"] = tuple(given["unseen"])  # to compare equal with a checkpoint's
     try:
         if folder:
             return replace(read_run(folder)["config"], **given)
@@ -1093,11 +1120,17 @@ def make_config(given, folder):
         raise UserError(error)
 
 
-ONE_CLASS_LINE = "{dataset} ({role}): one class leaves nothing to probe"
-PROBE_LINE = (
-    "{dataset} ({role}): linear probe {linear:.1f}% (untrained {random_linear:.1f}%), "
-    "kNN {knn:.1f}% ({random_knn:.1f}%)"
-)
+def accuracy_line(row):
+    """What main prints of a row of results.json's probes."""
+    line = f"{row['dataset']} ({row['role']}): "
+    if row["linear"] is None:
+        return line + "one class leaves nothing to probe"
+    if row["random_linear"] is None:  # an ablation's run, resumed
+        return line + f"linear probe {row['linear']:.1f}%, kNN {row['knn']:.1f}%"
+    return line + (
+        f"linear probe {row['linear']:.1f}% (untrained {row['random_linear']:.1f}%), "
+        f"kNN {row['knn']:.1f}% ({row['random_knn']:.1f}%)"
+    )
 
 
 def main(argv=None):
@@ -1113,7 +1146,7 @@ def main(argv=None):
         config = make_config(given, folder)
         if not ablation:
             for row in run(config, folder=folder)["probes"]:
-                print((PROBE_LINE if row["linear"] else ONE_CLASS_LINE).format(**row))
+                print(accuracy_line(row))
             return
         folder = Path(config.out, f"ablation-{config.name()}")
         seeds = range(config.seed, config.seed + (seeds or 3))

@@ -365,8 +365,7 @@ def test_probing_leaves_the_encoder_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     h, h_test = [model.eval()(images / 255)[0].detach() for images, _ in (train, test)]
     data = (h, train[1], h_test, test[1])
-    expected = {"linear": mc.linear_probe(*data), "knn": mc.knn(*data)}
-    assert accuracies == pytest.approx(expected)
+    assert accuracies == pytest.approx((mc.linear_probe(*data), mc.knn(*data)))
     assert torch.allclose(mc.extract_features(model.train(), test[0]), h_test, atol=1e-6)
 
 
@@ -691,6 +690,24 @@ def test_an_epoch_is_every_image_once_in_two_views_of_the_configs_settings(monke
     assert not torch.equal(network.views[0], other_seed.views[0])
 
 
+def test_a_step_follows_the_gradient_of_the_loss_at_all_of_the_configs_settings(monkeypatch):
+    monkeypatch.setattr(mc, "augment", lambda images, **_: images)
+    settings = dict(temperature=0.3, margin=0.9, subtractive_margin=0.1, positive_scale=0.6)
+    settings |= dict(emphasis=0.5, deemphasis=2.0, attenuation=3.0)
+    images, _ = mc.load_data(TINY)
+    network = Network()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
+    measured = mc.train_step(network, optimizer, images[:8], replace(TINY, **settings))
+    _, z = network(images[:8].repeat(2, 1, 1, 1) / 255)
+    loss = mc.margin_contrastive_loss(*z.chunk(2), **settings)
+    expected = torch.autograd.grad(loss, list(network.parameters()))
+    assert relative_error([p.grad for p in network.parameters()], expected) < 1e-5
+    c, others = mc.pair_terms(*z.chunk(2), temperature=0.3)
+    factors = mc.measure(c, others, temperature=0.3, margin=0.9, subtractive_margin=0.1)
+    for name, value in measured.items():
+        assert torch.allclose(value, factors[name], atol=1e-5)
+
+
 def test_all_views_of_an_image_differ():
     """Of one batch, of another epoch and of another seed."""
     images = mc.load_data(TINY)[0][:1].expand(40, -1, -1, -1)
@@ -778,8 +795,9 @@ def test_a_run_leaves_what_the_readme_promises(finished):
     _, sets = mc.load_data(TINY)
     for row, role, name in zip(results["probes"], ("seen", "unseen"), sets):
         assert row["dataset"] == name and row["role"] == role
-        expected = mc.probe(untrained, *sets[name], "random_") | mc.probe(trained, *sets[name])
-        assert {kind: row[kind] for kind in expected} == pytest.approx(expected)
+        for model, before in ((untrained, "random_"), (trained, "")):
+            expected = mc.probe(model, *sets[name])
+            assert (row[before + "linear"], row[before + "knn"]) == pytest.approx(expected)
 
 
 def test_the_curves_show_the_history():
@@ -869,7 +887,7 @@ def test_a_folder_belongs_to_one_run(finished, capsys, tmp_path):
 def test_features_that_are_not_finite_are_told_and_one_class_is_not_probed():
     model = mc.Model("small")
     data = mc.glyphs("A", 20, 0)
-    assert mc.probe(model, data, data) == {"linear": None, "knn": None}
+    assert mc.probe(model, data, data) == (None, None)
     model.encoder[0].weight.data *= math.nan
     with pytest.raises(FloatingPointError, match="--lr"):
         mc.probe(model, data, data)
