@@ -582,12 +582,9 @@ class Config:
         )
         check_range("max_images", self.max_images, 0, 1e9)
         check_range("crop_min", self.crop_min, 0.01, 1)  # of 1,024 pixels 10 are left
-        check_range("gray_prob", self.gray_prob, 0, 1)
         check_range("epochs", self.epochs, 1, 1e6)
         check_range("batch_size", self.batch_size, 2, 1e6)  # one image has no negatives
-        check_range(
-            "lr", self.lr, 0, 1e38
-        )  # neither inf nor nan; too large a one shows in the loss
+        check_range("lr", self.lr, 0, 1e38)  # not inf or nan; the loss shows when it is too large
         check_range("seed", self.seed, 0, 2**31 - 1)  # train_epoch's seeds fit in 64 bits
         if self.encoder not in ("small", "resnet18"):
             raise ValueError(f"encoder must be small or resnet18, not {self.encoder}")
@@ -731,8 +728,8 @@ def train_epoch(network, optimizer, images, epoch, config):
     """
     start = time.perf_counter()
     steps = len(images) // config.batch_size  # the images left over differ from epoch to epoch
-    # seeded anew, so that a resumed run repeats the epoch: one number for each seed and epoch (no
-    # run has a million), a multiple of it for the views; the two factors are just primes
+    # a seed for each epoch, so that a run that is resumed repeats it; with a prime above any number
+    # of epochs no two pairs of seed and epoch share one. Another prime: not the same for the views
     seed = config.seed * 1_000_003 + epoch
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     batches = order[: steps * config.batch_size].view(steps, config.batch_size).to(images.device)

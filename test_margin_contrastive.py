@@ -91,7 +91,9 @@ def slow_gradients(
     gradient = np.zeros_like(z)
     for i in range(count):
         j = (i + count // 2) % count
-        theta = 2 * math.atan2(np.linalg.norm(y[i] - y[j]), np.linalg.norm(y[i] + y[j]))
+        apart = np.linalg.norm(y[i] - y[j])
+        together = np.linalg.norm(y[i] + y[j])
+        theta = 2 * math.atan2(apart, together)
         moved = min(theta + margin, math.pi)
         negatives = [k for k in range(count) if k not in (i, j)]
         shares = {k: math.exp(y[i] @ y[k] / temperature) for k in negatives}
@@ -111,7 +113,12 @@ def slow_gradients(
 
 @pytest.mark.parametrize("values", [*SWITCHES, (0.5, 2.0, 3.0), (2.0, 0.5, 0.25)])
 def test_every_combination_of_strengths_is_the_definition(values):
-    for margin, m2, tau, s in ((0.3, 0.0, 0.2, 1.0), (1.2, 0.2, 0.1, 1.7), (0.0, 0.4, 0.5, 0.6)):
+    cases = [
+        (0.3, 0.0, 0.2, 1.0),
+        (1.2, 0.2, 0.1, 1.7),
+        (0.0, 0.4, 0.5, 0.6),
+    ]
+    for margin, m2, tau, s in cases:
         z = pairs(6, 5, 0.1, 3.0)
         settings = dict(zip(FACTORS, values))
         settings |= dict(temperature=tau, margin=margin, subtractive_margin=m2, positive_scale=s)
@@ -151,10 +158,12 @@ def test_factors_have_their_crossover_and_their_limits(margin):
     E, D, wrong_A = mc.gradient_factors(theta.cos(), 0 * theta + 60, **settings)
     _, _, right_A = mc.gradient_factors(theta.cos(), 0 * theta - 60, **settings)
     near = theta < (math.pi - margin) / 2
-    assert (E > 1).equal(near & (margin > 0)) and (D < 1).equal(~near & (margin > 0))
+    assert (E > 1).equal(near & (margin > 0))
+    assert (D < 1).equal(~near & (margin > 0))
     assert (D == 0).equal(theta > math.pi - margin)
     delta = (theta.cos() - (theta + margin).clamp(max=math.pi).cos()) / 0.1
-    assert torch.allclose(right_A, delta, atol=1e-6) and wrong_A.abs().max() < 1e-9
+    assert torch.allclose(right_A, delta, atol=1e-6)
+    assert wrong_A.abs().max() < 1e-9
 
 
 def test_c_and_others_may_be_of_any_shape_and_from_anywhere():
@@ -193,7 +202,14 @@ def test_degenerate_embeddings_have_finite_gradients_at_any_setting(tau):
     z1 = torch.randn(4, 8)
     some = torch.tensor([[1], [0], [1], [0]]) * z1
     one = z1[:1].expand(4, -1)
-    cases = [(z1, z1), (z1, -z1), (one, one), (some, z1), (0 * z1, 0 * z1), (z1 / 1e20, 1e15 * z1)]
+    cases = [
+        (z1, z1),
+        (z1, -z1),
+        (one, one),
+        (some, z1),
+        (0 * z1, 0 * z1),
+        (z1 / 1e20, 1e15 * z1),
+    ]
     for case, margin, strength in itertools.product(cases, (0, 0.2, 3.1), (0, 1, 4)):
         z = [x.clone().requires_grad_() for x in case]
         settings = dict.fromkeys(FACTORS, strength) | dict(margin=margin, subtractive_margin=2.0)
@@ -328,7 +344,8 @@ def test_no_padding_is_asked_for_or_needed(monkeypatch):
     monkeypatch.setattr(F, "grid_sample", spy)
     images = IMAGES.repeat(20, 1, 1, 1).to(memory_format=torch.channels_last)
     mc.augment(images, crop_min=0.05)
-    assert grids[0].min() > -1e-4 and (grids[0] < torch.tensor([39.0001, 31.0001])).all()
+    assert grids[0].min() > -1e-4
+    assert (grids[0] < torch.tensor([39.0001, 31.0001])).all()
 
 
 # ---- 3. Encoder ----------------------------------------------------------------------------------
@@ -338,7 +355,8 @@ def test_behind_each_layer_a_batchnorm_makes_the_scale_of_its_channels_irrelevan
     model = mc.Model(encoder).double().train()
     images = torch.rand(8, 3, 32, 32, dtype=torch.float64)
     h, z = model(images)
-    assert z.shape == (8, 128) and h.shape == (8, 512 if encoder == "resnet18" else 192)
+    assert z.shape == (8, 128)
+    assert h.shape == (8, 512 if encoder == "resnet18" else 192)
     layers = [x for x in model.modules() if isinstance(x, (torch.nn.Conv2d, torch.nn.Linear))]
     for layer in layers:
         before = layer.weight.data.clone()
@@ -347,7 +365,8 @@ def test_behind_each_layer_a_batchnorm_makes_the_scale_of_its_channels_irrelevan
         # but for BatchNorm's epsilon, which counts where a channel's variance is small
         assert (model(images)[1] - z).abs().mean() < 0.02
         layer.weight.data.copy_(before)
-    assert z.mean(0).abs().max() < 1e-6 and (z.var(0, correction=0) - 1).abs().max() < 0.01
+    assert z.mean(0).abs().max() < 1e-6
+    assert (z.var(0, correction=0) - 1).abs().max() < 0.01
 
 
 def test_resnet18_has_a_stem_for_small_photographs():
@@ -425,7 +444,8 @@ def test_knn_is_brute_force_with_ties_to_the_nearest():
 # ---- 5. Data -------------------------------------------------------------------------------------
 def test_glyphs_are_deterministic_balanced_and_there_to_see():
     images, labels = mc.glyphs("ABCDE", 50, seed=5)
-    assert images.dtype == torch.uint8 and labels.bincount().tolist() == [10] * 5
+    assert images.dtype == torch.uint8
+    assert labels.bincount().tolist() == [10] * 5
     assert torch.equal(images, mc.glyphs("ABCDE", 50, 5)[0])
     assert not torch.equal(images, mc.glyphs("ABCDE", 50, 6)[0])
     contrast = images.amax((2, 3)).int() - images.amin((2, 3)).int()
@@ -440,7 +460,8 @@ def test_each_glyph_is_the_labels_character_in_one_of_all_the_fonts(monkeypatch)
     stencils = mc.draw_stencils("AB")
     assert len(stencils.unique(dim=0)) == len(mc.FONTS) == 15  # no font is another's double
     matches = (drawn[:, None] == stencils[:, labels].transpose(0, 1)).all(dim=(2, 3, 4))
-    assert matches.any(1).all() and (matches.sum(0) > 600 / 15 / 2).all()
+    assert matches.any(1).all()
+    assert (matches.sum(0) > 600 / 15 / 2).all()
 
 
 @pytest.mark.parametrize("validation", [False, True])
@@ -450,7 +471,8 @@ def test_test_images_are_no_training_images_and_for_validation_unread(monkeypatc
     monkeypatch.setattr(mc, "glyphs", lambda *x: read.append(x[1:]) or draw(*x))
     mc.load_images.cache_clear()
     images, sets = mc.load_data(Config(validation=validation))
-    assert list(sets) == ["glyphs", "digits"] and torch.equal(images, sets["glyphs"][0][0])
+    assert list(sets) == ["glyphs", "digits"]
+    assert torch.equal(images, sets["glyphs"][0][0])
     assert ((2000, 1) in read, (2000, 3) in read) == (not validation, not validation)
     for name, (train, test) in sets.items():
         every = mc.load_images(name, "train")
@@ -480,7 +502,9 @@ def test_a_folder_is_read_as_rgb_and_resized(tmp_path):
     distance = (images[labels == 0].float()[:, None] - torch.stack(expected)).abs().amax((2, 3, 4))
     assert (distance <= 1).sum(0).tolist() == (distance <= 1).sum(1).tolist() == [1] * 4
     _, labels = mc.load_images(f"folder:{tmp_path}", "train", max_images=4)
-    assert len(labels) == 4 and len(labels.unique()) == 2  # at random, not the first
+    # at random, not the first
+    assert len(labels) == 4
+    assert len(labels.unique()) == 2
 
 
 def test_what_begins_with_a_dot_is_no_class_and_no_picture(tmp_path):
@@ -506,7 +530,8 @@ def test_a_picture_is_upright_and_what_is_transparent_is_white(tmp_path):
     left.save(path, exif=exif)
     picture = mc.read_picture(path)
     assert picture.size == (40, 60)
-    assert picture.getpixel((20, 5)) == (0, 0, 255) and picture.getpixel((20, 55)) == (255, 0, 0)
+    assert picture.getpixel((20, 5)) == (0, 0, 255)
+    assert picture.getpixel((20, 55)) == (255, 0, 0)
     hidden = Image.new("RGBA", (8, 8), (0, 128, 0, 0))
     hidden.putpixel((3, 3), (10, 20, 30, 255))
     palette = Image.new("P", (8, 8))
@@ -539,7 +564,10 @@ def test_a_picture_that_cannot_be_read_is_named_with_the_reason(tmp_path, capsys
     path = tmp_path / "photos" / "train" / "b" / "2.png"
     spoil(path, how)
     status, _, error = main(capsys, "--dataset", f"folder:{tmp_path / 'photos'}")
-    assert status == 2 and error.count("\n") == 1 and str(path) in error and says in error
+    assert status == 2
+    assert error.count("\n") == 1
+    assert str(path) in error
+    assert says in error
 
 
 @pytest.mark.parametrize(
@@ -559,12 +587,17 @@ def test_torchvision_sets_are_asked_for_both_splits(monkeypatch, capsys, name, k
     images, sets = mc.load_data(Config(dataset=name, data_dir=name, batch_size=20))
     calls = [mock.call(name, download=True, **{key: value}) for value in values]
     assert theirs.call_args_list == calls
-    assert (images == 10 * sets[name][0][1][:, None, None, None]).all() and images.shape[1] == 3
+    assert (images == 10 * sets[name][0][1][:, None, None, None]).all()
+    assert images.shape[1] == 3
     for trouble in (ModuleNotFoundError("No module named 'scipy'"), RuntimeError("no net\n!")):
         theirs.side_effect = trouble
         status, _, error = main(capsys, "--dataset", name)
-        assert status == 2 and error.count("\n") == 1 and str(trouble).split("\n")[0] in error
-    assert name in error and "offline" in error and "into data" in error
+        assert status == 2
+        assert error.count("\n") == 1
+        assert str(trouble).split("\n")[0] in error
+    assert name in error
+    assert "offline" in error
+    assert "into data" in error
 
 
 # ---- 7. Training ---------------------------------------------------------------------------------
@@ -766,7 +799,8 @@ def test_the_rate_rises_for_a_tenth_and_falls_as_a_cosine(monkeypatch, tmp_path)
 
 
 def test_presets_follow_the_data_and_the_encoder():
-    assert Config(**mc.preset("glyphs")) == Config() and not mc.preset("svhn")["flip"]
+    assert Config(**mc.preset("glyphs")) == Config()
+    assert not mc.preset("svhn")["flip"]
     small = mc.preset("folder:x", "small")
     large = mc.preset("cifar10", "resnet18")
     photographs = dict(unseen=(), crop_min=0.2, flip=True, gray_prob=0.1)
@@ -785,7 +819,8 @@ def test_a_run_leaves_what_the_readme_promises(finished):
     assert sorted(file.name for file in folder.iterdir()) == names
     rows = read_csv(folder / "metrics.csv")
     results = json.loads((folder / "results.json").read_text())
-    assert results["config"]["batch_size"] == 40 and [row["epoch"] for row in rows] == [*"123"]
+    assert results["config"]["batch_size"] == 40
+    assert [row["epoch"] for row in rows] == [*"123"]
     assert results["means"]["A"] == pytest.approx(np.mean([float(row["A"]) for row in rows]))
     assert np.asarray(Image.open(folder / "curves.png")).std() > 1
     torch.manual_seed(0)
@@ -794,7 +829,8 @@ def test_a_run_leaves_what_the_readme_promises(finished):
     assert not trained.training
     _, sets = mc.load_data(TINY)
     for row, role, name in zip(results["probes"], ("seen", "unseen"), sets):
-        assert row["dataset"] == name and row["role"] == role
+        assert row["dataset"] == name
+        assert row["role"] == role
         for model, before in ((untrained, "random_"), (trained, "")):
             expected = mc.probe(model, *sets[name])
             assert (row[before + "linear"], row[before + "knn"]) == pytest.approx(expected)
@@ -880,7 +916,8 @@ def test_a_folder_belongs_to_one_run(finished, capsys, tmp_path):
     elsewhere = replace(config, out="elsewhere", data_dir="there", device="cuda")
     capsys.readouterr()
     results = mc.run(elsewhere, folder=moved)
-    assert results["probes"] == finished["probes"] and results["folder"] == str(moved)
+    assert results["probes"] == finished["probes"]
+    assert results["folder"] == str(moved)
     assert "has finished" in capsys.readouterr().out
 
 
@@ -896,7 +933,8 @@ def test_features_that_are_not_finite_are_told_and_one_class_is_not_probed():
 # ---- 9. Ablation ---------------------------------------------------------------------------------
 def test_an_ablation_is_paired_and_goes_on_where_it_stopped(tmp_path):
     values = [tuple(settings.values())[:3] for settings in mc.SWITCHES.values()]
-    assert sorted(values) == SWITCHES and mc.SWITCHES["E+A"] == mc.ON | {"deemphasis": 0}
+    assert sorted(values) == SWITCHES
+    assert mc.SWITCHES["E+A"] == mc.ON | {"deemphasis": 0}
     settings = {"NT-Xent": mc.OFF, "wild / :": {"lr": 1e38}, "E+D+A": mc.ON}
     still = replace(TINY, lr=0.0, epochs=1)  # the loss tells weights, batches and views
     lines = []
@@ -909,7 +947,9 @@ def test_an_ablation_is_paired_and_goes_on_where_it_stopped(tmp_path):
     removed = next(iter(times))
     removed.unlink()
     again = mc.ablate(settings, [3, 4], still, tmp_path, say=lines.append)
-    assert str(again) == str(rows) and "6 runs" in lines[-7] and "3 finished" in lines[-7]
+    assert str(again) == str(rows)
+    assert "6 runs" in lines[-7]
+    assert "3 finished" in lines[-7]
     assert [file for file in times if file.stat().st_mtime_ns != times[file]] == [removed]
 
 
@@ -950,7 +990,8 @@ def test_the_table_shows_means_and_differences_paired_by_seed(capsys):
         mean = values[:, i].mean(0)
         gain = values[:, i] - values[:, 0]
         error = gain.std(0, ddof=1) / math.sqrt(5)
-        expected = [mean[0], gain[:, 0].mean(), error[0], mean[1], gain[:, 1].mean(), error[1]]
+        expected = [mean[0], gain[:, 0].mean(), error[0]]  # seen
+        expected += [mean[1], gain[:, 1].mean(), error[1]]  # unseen
         expected += [min(i, 1), *mean[2:]]  # failed runs, log factors
         (line,) = re.findall(f"^{setting} .*", out, re.M)
         printed = [float(x) for x in re.findall(r"[+-]?\d+\.?\d*|nan", line)]
@@ -986,7 +1027,9 @@ def test_ablate_without_its_guard_ends_at_once_with_advice(tmp_path, place):
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
     )
     last = process.stderr.strip().splitlines()[-1]
-    assert process.returncode == 1 and '`if __name__ == "__main__":`' in last and "import" in last
+    assert process.returncode == 1
+    assert '`if __name__ == "__main__":`' in last
+    assert "import" in last
 
 
 # ---- 10. Command line ----------------------------------------------------------------------------
@@ -1003,7 +1046,9 @@ def main(capsys, *flags):
 def test_help_has_every_flag_with_its_help(capsys):
     status, out, _ = main(capsys, "--help")
     text = " ".join(out.split())
-    assert status == 0 and "--ablate" in out and "--no-attenuation" in out
+    assert status == 0
+    assert "--ablate" in out
+    assert "--no-attenuation" in out
     for setting in fields(Config):
         assert re.search(f" --{setting.name.replace('_', '-')}[ ,]", text)
         assert setting.metadata["help"] in text
@@ -1057,15 +1102,19 @@ def test_invalid_input_exits_with_2_and_says_what_to_mend(
     write_folder(Path("flat"), classes=[""], count=1)
     status, out, error = main(capsys, *flags.split())
     *usage, message = error.splitlines()
-    assert status == 2 and re.search(says, message) and "epoch" not in out
-    assert all(line.startswith("usage: ") for line in usage) and len(usage) < 2
+    assert status == 2
+    assert re.search(says, message)
+    assert "epoch" not in out
+    assert all(line.startswith("usage: ") for line in usage)
+    assert len(usage) < 2
 
 
 def test_what_a_run_prints_is_what_it_wrote(capsys, tmp_path):
     status, out, _ = main(capsys, *FLAGS.split(), "--out", tmp_path)
     (folder,) = tmp_path.iterdir()
     lines = out.splitlines()
-    assert status == 0 and lines[0] == f"{folder}: 80 images, small encoder, cpu, float32"
+    assert status == 0
+    assert lines[0] == f"{folder}: 80 images, small encoder, cpu, float32"
     results = json.loads((folder / "results.json").read_text())
     for line, row in zip(lines[-2:], results["probes"]):
         assert line.startswith(f"{row['dataset']} ({row['role']}): linear probe ")
@@ -1078,14 +1127,18 @@ def test_one_class_trains_and_the_line_says_that_it_cannot_be_probed(capsys, tmp
     write_folder(tmp_path / "photos", classes=["all"], count=8)
     flags = ("--batch-size", 8, "--epochs", 1, "--out", tmp_path / "runs", "--device", "cpu")
     status, out, _ = main(capsys, "--dataset", f"folder:{tmp_path / 'photos'}", *flags)
-    assert status == 0 and "(seen): one class" in out and "%" not in out
+    assert status == 0
+    assert "(seen): one class" in out
+    assert "%" not in out
 
 
 def test_a_full_gpu_is_told_in_a_line(capsys, tmp_path, monkeypatch):
     full = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory\nand more"))
     monkeypatch.setattr(mc, "train_epoch", full)
     status, _, error = main(capsys, *FLAGS.split(), "--out", tmp_path)
-    assert status == 2 and "--batch-size" in error and error.count("\n") == 1
+    assert status == 2
+    assert "--batch-size" in error
+    assert error.count("\n") == 1
 
 
 def start(folder, *flags, **how):
@@ -1120,14 +1173,17 @@ def test_ctrl_c_ends_a_run_with_a_line_that_says_how_to_go_on(stopped):
     assert "margin0.2-E1D1A0" in lines[0]  # which loss it trains with
     assert "epoch 1 " in lines[1]
     (name,) = [path.name for path in (folder / "stopped").iterdir()]
-    assert status == 130 and error == "" and f"--resume {Path('stopped', name)}" in out
+    assert status == 130
+    assert error == ""
+    assert f"--resume {Path('stopped', name)}" in out
 
 
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(stopped):
     folder = stopped[0]
     (run,) = (folder / "stopped").iterdir()
     out, _ = start(folder, "--resume", run, "--device", "cpu").communicate()
-    assert out.count("epoch 3 ") == 1 and out.count(": linear probe ") == 2
+    assert out.count("epoch 3 ") == 1
+    assert out.count(": linear probe ") == 2
     assert "epoch 1 " not in out
     assert outcome(run) == outcome(folder / "whole" / run.name)
 
@@ -1139,7 +1195,8 @@ def test_ctrl_c_ends_an_ablation_and_its_workers_at_once(tmp_path):
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)  # as Jupyter on Windows does: to this process alone
     out, error = process.communicate(timeout=20)  # returns when no worker holds the pipe
-    assert process.returncode == 130 and "the same command goes on" in out + error
+    assert process.returncode == 130
+    assert "the same command goes on" in out + error
     assert "Traceback" not in error
 
 
@@ -1168,15 +1225,18 @@ TEXT = "".join("".join(output.get("text", [])) for output in OUTPUTS)
 def test_the_stored_notebook_is_one_clean_run():
     assert [cell["execution_count"] for cell in CODE] == list(range(1, len(CODE) + 1))
     for output in OUTPUTS:
-        assert output["output_type"] != "error" and output.get("name") != "stderr"
+        assert output["output_type"] != "error"
+        assert output.get("name") != "stderr"
     assert not re.search(r"(?<![\w.])/(home|root|tmp|usr|work)/|Warning", TEXT)
 
 
 def test_the_readme_has_the_notebooks_tables_and_its_links_lead_somewhere():
     tables = re.findall(r"^setting .*?(?=^```)", README, re.M | re.S)
     links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    assert tables and all(table in TEXT for table in tables)
-    assert ".png" in str(links) and all((PROGRAM.parent / link).exists() for link in links)
+    assert tables
+    assert all(table in TEXT for table in tables)
+    assert ".png" in str(links)
+    assert all((PROGRAM.parent / link).exists() for link in links)
 
 
 @pytest.mark.parametrize("values", SWITCHES)
@@ -1198,7 +1258,8 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
     """The tutorial's recipe, which asserts it."""
     (cell,) = [cell for cell in CODE if "two-processes" in cell["metadata"].get("tags", [])]
     magic, *recipe = cell["source"]
-    assert magic.startswith("%%writefile") and len(recipe) <= 25
+    assert magic.startswith("%%writefile")
+    assert len(recipe) <= 25
     (tmp_path / "recipe.py").write_text("".join(recipe))
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"PYTHONPATH": str(PROGRAM.parent)}
@@ -1211,4 +1272,5 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
     )
     assert process.returncode == 0, process.stderr
     errors = re.findall(r"\d(?:\.\d+)?e-\d+", process.stdout)
-    assert errors and max(float(error) for error in errors) < 1e-12
+    assert errors
+    assert max(float(error) for error in errors) < 1e-12
