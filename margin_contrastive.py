@@ -826,11 +826,12 @@ def read_run(folder, config=None):
         weights = state["model"]
         state["model"] = Model(state["config"].encoder).eval()
         state["model"].load_state_dict(weights)
-        # dict, which results are, raises for what is not
-        state["results"] = dict(json.loads(results.read_text())) if results.exists() else None
+        written = json.loads(results.read_text()) if results.exists() else None
+        state["results"] = written and {name: written[name] for name in ("probes", "means")}
     # no file; not a whole one; not one of this version
     except (OSError, pickle.PickleError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder} holds no run of this version: {first_line(error)}")
+        what = f"{folder}: its checkpoint.pt or results.json is not this version's"
+        raise UserError(f"{what} ({first_line(error)})")
     if config and config != state["config"]:
         raise UserError(f"{folder} holds a run with other settings")
     return state
