@@ -305,9 +305,7 @@ class Model(nn.Module):
             nn.BatchNorm1d(2 * features),
             nn.ReLU(inplace=True),
             nn.Linear(2 * features, 128),
-            nn.BatchNorm1d(
-                128, affine=False
-            ),  # centred: else all embeddings begin in one direction
+            nn.BatchNorm1d(128, affine=False),  # centred: else all begin in one direction
         )
 
     def forward(self, images):
@@ -339,7 +337,6 @@ def linear_probe(h_train, y_train, h_test, y_test):
     optimizer = torch.optim.LBFGS(
         [coefficients, biases],
         max_iter=200,
-        max_eval=1000,  # the line search takes a few of them in each iteration
         tolerance_grad=1e-5,
         tolerance_change=0,  # by default a small step ends it, before the optimum
         history_size=20,
