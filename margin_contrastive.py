@@ -47,10 +47,10 @@ from torch import nn
 # ---- 1. Loss -------------------------------------------------------------------------------------
 # For one anchor: c = cos(theta) with its positive, others = logsumexp of cos(theta_k) / tau over
 # its negatives k, and u = others - c / tau. The positive's softmax probability is p = sigmoid(-u).
-#   NT-Xent    L  = -log p = softplus(u)
-#              dL = sigmoid(u) * (d others - dc / tau)
-#   Margin m   cos(theta + m) in place of c makes u larger by delta = (c - cos(theta + m)) / tau
-#              dL = sigmoid(u + delta) * (d others - g * dc / tau),  g = sin(theta + m) / sin(theta)
+#   NT-Xent    L = -log p = softplus(u),  dL = sigmoid(u) * (d others - dc / tau)
+#   Margin m   cos(theta + m) in place of c adds delta = (c - cos(theta + m)) / tau to u. As dc is
+#              -sin(theta) dtheta, d cos(theta + m) = g * dc with g = sin(theta + m) / sin(theta)
+#              dL = sigmoid(u + delta) * (d others - g * dc / tau)
 #   Factors    g = E * D, with E = max(g, 1), D = min(g, 1);  A = sigmoid(u + delta) / sigmoid(u)
 #              dL = sigmoid(u) * A * (d others - E * D * dc / tau)
 # Past theta = pi - m the shifted angle stays at pi: its cosine is -1, and g and D are 0.
@@ -178,6 +178,7 @@ def sample_points(start, length, size):
     # nothing outside of the crop is read; nor outside of the image, so that grid_sample needs no
     # padding_mode="border", which Apple's GPUs do not have (PyTorch issue 125098)
     pixel = torch.minimum(pixel.clamp(min=0), length - 1)
+    # pixel i has its centre at i + 1/2 of 0 to size, which is rescaled to -1 to 1
     return (2 * (start + pixel) + 1) / size - 1
 
 
@@ -215,7 +216,8 @@ def jitter_colors(images, *, brightness, contrast, saturation, hue, to_grey):
 
     # colors: (N, 3, 3), the rows give red, green and blue of the result
     colors = brightness * contrast * identity
-    # contrast moves colours away from the image's mean grey, and no step below changes a grey
+    # contrast moves colours away from the image's mean grey. No step below changes a grey, so this
+    # offset stays as it is
     offset = brightness * (1 - contrast) * grey(images.mean((2, 3)))[:, :, None]
     colors = saturation * colors + (1 - saturation) * grey(colors)
     colors = hue_rotation @ colors
@@ -439,8 +441,8 @@ def glyphs(characters, count, seed):
     labels = torch.arange(count) % len(characters)
     font = torch.randint(len(FONTS), (count,), generator=generator)
     stencils = draw_stencils(characters)[font, labels]
-    # the image shows 32 of the stencil's 48 pixels (zoom 32 / 48) if the character, drawn at 32
-    # points, shall keep that size; it gets 22 to 32
+    # zoom: the share of the stencil's side that the image shows. With 32 / 48 a character keeps the
+    # size of 32 pixels in which it is drawn; it gets 22 to 32
     zoom = 32 / 48 * 32 / uniform(22, 32, 1, 1)
     angle = uniform(-15, 15).deg2rad()
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1)
@@ -725,12 +727,12 @@ def train_epoch(network, optimizer, images, epoch, config):
     """
     start = time.perf_counter()
     steps = len(images) // config.batch_size  # the images left over differ from epoch to epoch
-    # a seed for each epoch, so that a run that is resumed repeats it; with a prime above any number
-    # of epochs no two pairs of seed and epoch share one. Another prime: not the same for the views
+    # a seed for each epoch, so that a run that is resumed repeats it, and another for each
+    # config.seed, as no run has a million epochs
     seed = config.seed * 1_000_003 + epoch
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     batches = order[: steps * config.batch_size].view(steps, config.batch_size).to(images.device)
-    torch.manual_seed(seed * 1_009)
+    torch.manual_seed(seed * 1_009)  # the views do not draw from the numbers that gave the order
     network.train()
     sums = {}
     for step, batch in enumerate(batches):
@@ -953,11 +955,11 @@ SWITCHES = {
 
 
 def matched_controls(rows, config):
-    """Two settings as strong as the margin in total, but blind to angle and probability.
+    """Two settings blind to angle and probability: a pull as strong as E * D, steps as long as A's.
 
-    From ablate's rows of E+D+A: the pull times a constant, which is the sum of all pulls with E * D
-    over the sum without; the rate times a constant, likewise from the weights with and without A.
-    {} if these runs diverged.
+    From ablate's rows of E+D+A: the constant on the pull is the sum of all pulls with E * D over
+    the sum without, that on the rate likewise from the weights with A and without. {} if these runs
+    diverged.
     """
     full = [row for row in rows if row["setting"] == "E+D+A" and not math.isnan(row["pull"])]
     if not full:
@@ -1135,6 +1137,8 @@ def main(argv=None):
     ablation = given.pop("ablate", False)
     seeds = given.pop("seeds", None)
     folder = given.pop("resume", None)
+    if folder and ablation:
+        parser.error("--resume goes without --ablate, which goes on by itself")
     if seeds is not None and (not ablation or seeds < 1):
         parser.error("--seeds goes with --ablate and is at least 1")
     try:

@@ -1089,6 +1089,7 @@ FLAGS = "--device cpu --max-images 80 --epochs 1 --batch-size 40"
         ("--seeds 3", "--seeds .*--ablate"),
         ("--ablate --seeds 0", "--seeds .*at least 1"),
         ("--resume absent", "absent"),
+        ("--resume absent --ablate", "--resume .*--ablate"),
     ],
 )
 def test_invalid_input_exits_with_2_and_says_what_to_mend(
