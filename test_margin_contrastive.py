@@ -832,7 +832,8 @@ def test_a_run_leaves_what_the_readme_promises(finished):
         assert row["dataset"] == name
         assert row["role"] == role
         for model, before in ((untrained, "random_"), (trained, "")):
-            expected = mc.probe(model, *sets[name])
+            # as in the run: another memory format rounds otherwise, enough for a close decision
+            expected = mc.probe(model.to(memory_format=torch.channels_last), *sets[name])
             assert (row[before + "linear"], row[before + "knn"]) == pytest.approx(expected)
 
 
