@@ -9,7 +9,7 @@ three exact factors on the gradient of NT-Xent, SimCLR's loss, each with a switc
     E  emphasis, at least 1     pulls a positive pair harder at small angles     --no-emphasis
     D  de-emphasis, at most 1   pulls a positive pair more softly at wide ones   --no-deemphasis
     A  attenuation, at least 1  strengthens the whole gradient of a view whose positive is already
-                                probable, where NT-Xent's fades away             --no-attenuation
+                                probable: it attenuates the fading of NT-Xent's  --no-attenuation
 
 All three on is the gradient of the margin loss, all three off that of NT-Xent.
 
@@ -132,10 +132,10 @@ def margin_loss(
 
     c, others: of one shape, as defined above, wherever they come from (a batch, a queue). margin is
     an angle in radians, subtractive_margin a cosine. emphasis, deemphasis and attenuation are
-    strengths, the exponents of E, D and A: 1 as in the margin, 0 off. positive_scale is a constant
-    on the pull of every positive. Returns a scalar with NT-Xent's *value*; the margin is in its
-    gradient (the first: a second one would not see the factors change). ValueError for unlike
-    shapes or a setting out of range.
+    strengths, the exponents of E, D and A: 1 as in the margin, 0 off. positive_scale, a constant on
+    the pull of every positive, is there to compare E and D with. Returns a scalar with NT-Xent's
+    *value*, which compares across settings; the margin is in its gradient (the first: a second one
+    would not see the factors change). ValueError for unlike shapes or a setting out of range.
     """
     if c.shape != others.shape:
         raise ValueError(f"c and others differ: {tuple(c.shape)}, {tuple(others.shape)}")
@@ -229,8 +229,8 @@ def jitter_colors(images, *, brightness, contrast, saturation, hue, to_grey):
 def augment(images, *, crop_min=0.2, color_strength=0.5, gray_prob=0.1, flip=True):
     """A random view of each image, as in SimCLR; the whole batch at once, on its device.
 
-    images: (N, 3, H, W) float in [0, 1]. A crop keeps crop_min to 1 of the area at an aspect ratio
-    of 3/4 to 4/3; half of the views are mirrored if flip, 80% change colour, and a share of
+    images: (N, 3, H, W) float in [0, 1]. A crop has crop_min to 1 of the area, an aspect ratio of
+    3/4 to 4/3; half of the views are mirrored if flip, 80% change colour, and a share of
     gray_prob turns grey. The defaults suit small photographs.
     """
     n, _, height, width = images.shape
@@ -387,7 +387,7 @@ def probe(model, train, test):
         raise FloatingPointError("the features are not finite: lower --lr")
     y_train = train[1].to(h_train.device)
     y_test = test[1].to(h_test.device)
-    if y_train.max() == 0:  # one class leaves nothing to tell apart
+    if len(y_train.unique()) == 1:  # one class leaves nothing to tell apart
         return None, None
     data = (h_train, y_train, h_test, y_test)
     return linear_probe(*data), knn(*data)
@@ -533,7 +533,7 @@ def load_images(name, split, data_dir="data", max_images=0):
 
 # ---- 6. Settings ---------------------------------------------------------------------------------
 def setting(default, text, compare=True):
-    """A line of Config: its default and its help. compare=False: no part of what a run is."""
+    """A line of Config: its default and its help. compare=False: may change when a run goes on."""
     return field(default=default, metadata={"help": text}, compare=compare)
 
 
