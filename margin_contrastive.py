@@ -173,7 +173,7 @@ def sample_points(start, length, size):
     start, length: of the crop, (N, 1, 1) in pixels; size: of the side, in pixels. Returns
     (N, 1, size) in grid_sample's unit, in which -1 and 1 are the two edges of the image.
     """
-    # the crop in `size` equal parts: the centre of each, counted from the crop's first pixel
+    # the crop in `size` equal parts: where each has its centre, 0 being that of the first pixel
     pixel = (torch.arange(size, device=start.device) + 0.5) / size * length - 0.5
     # nothing outside of the crop is read; nor outside of the image, so that grid_sample needs no
     # padding_mode="border", which Apple's GPUs do not have (PyTorch issue 125098)
@@ -307,7 +307,7 @@ class Model(nn.Module):
             nn.BatchNorm1d(2 * features),
             nn.ReLU(inplace=True),
             nn.Linear(2 * features, 128),
-            nn.BatchNorm1d(128, affine=False),  # centred: else all begin in one direction
+            nn.BatchNorm1d(128, affine=False),  # centred: else all z begin nearly parallel
         )
 
     def forward(self, images):
@@ -441,8 +441,8 @@ def glyphs(characters, count, seed):
     labels = torch.arange(count) % len(characters)
     font = torch.randint(len(FONTS), (count,), generator=generator)
     stencils = draw_stencils(characters)[font, labels]
-    # zoom: the share of the stencil's side that the image shows. With 32 / 48 a character keeps the
-    # size of 32 pixels in which it is drawn; it gets 22 to 32
+    # zoom: the share of the stencil's side that the image shows. 32 / 48 shows pixel by pixel, and
+    # the character has the 32 pixels in which it was drawn; divided by s / 32 it has s
     zoom = 32 / 48 * 32 / uniform(22, 32, 1, 1)
     angle = uniform(-15, 15).deg2rad()
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1)
@@ -732,7 +732,7 @@ def train_epoch(network, optimizer, images, epoch, config):
     seed = config.seed * 1_000_003 + epoch
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     batches = order[: steps * config.batch_size].view(steps, config.batch_size).to(images.device)
-    torch.manual_seed(seed * 1_009)  # the views do not draw from the numbers that gave the order
+    torch.manual_seed(seed * 1_009)  # for the views: not the order's (but 0, which does no harm)
     network.train()
     sums = {}
     for step, batch in enumerate(batches):
@@ -955,11 +955,10 @@ SWITCHES = {
 
 
 def matched_controls(rows, config):
-    """Two settings blind to angle and probability: a pull as strong as E * D, steps as long as A's.
+    """Two controls, NT-Xent with E * D or A replaced by a constant of the same total effect.
 
-    From ablate's rows of E+D+A: the constant on the pull is the sum of all pulls with E * D over
-    the sum without, that on the rate likewise from the weights with A and without. {} if these runs
-    diverged.
+    From ablate's rows of E+D+A: positive_scale is the sum of all pulls with E * D over the sum
+    without; the factor on lr likewise, of the weights with A and without. {} if these diverged.
     """
     full = [row for row in rows if row["setting"] == "E+D+A" and not math.isnan(row["pull"])]
     if not full:
@@ -1060,7 +1059,7 @@ def print_table(rows):
             error = gain.std() / len(gain) ** 0.5 if len(gain) > 1 else math.nan
             line += f"{x.mean():6.1f} {gain.mean():+7.1f} +- {error:3.1f}"
         _, gain = by_setting(rows, "seen_linear")[setting]
-        line += f"{len(gain) - (gain > -10).sum():8}"  # nan, diverged, is not above -10
+        line += f"{len(gain) - (gain > -10).sum():8}"  # diverged is nan, which is not above -10
         for column in ("log_E", "log_D", "log_A"):
             x, _ = by_setting(rows, column)[setting]
             line += f"{x.mean():7.3f}"
