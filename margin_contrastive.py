@@ -826,7 +826,8 @@ def read_run(folder, config=None):
         state["model"] = Model(state["config"].encoder).eval()
         state["model"].load_state_dict(weights)
         written = json.loads(results.read_text()) if results.exists() else None
-        state["results"] = written and {name: written[name] for name in ("probes", "means")}
+        whole = ("config", "probes", "means")
+        state["results"] = written and {name: written[name] for name in whole}
     # no file; not a whole one; not one of this version
     except (OSError, pickle.PickleError, RuntimeError, KeyError, TypeError, ValueError) as error:
         what = f"{folder}: its checkpoint.pt or results.json is not this version's"
