@@ -161,7 +161,10 @@ def margin_loss(
 
 
 def margin_contrastive_loss(z1, z2, *, temperature=0.2, margin=0.2, **settings):
-    """margin_loss of SimCLR's pairs: z1, z2 as in pair_terms, settings as in margin_loss."""
+    """margin_loss of SimCLR's pairs: z1, z2 as in pair_terms, settings as in margin_loss.
+
+    For a training loop of your own; train_step needs c and others themselves, to measure them.
+    """
     c, others = pair_terms(z1, z2, temperature=temperature)
     return margin_loss(c, others, temperature=temperature, margin=margin, **settings)
 
@@ -222,16 +225,17 @@ def jitter_colors(images, *, brightness, contrast, saturation, hue, to_grey):
     colors = saturation * colors + (1 - saturation) * grey(colors)
     colors = hue_rotation @ colors
     colors = torch.where(to_grey, grey(colors), colors)
-    # all at once on the pixels: three times as fast as step by step
+    # all at once on the pixels, which is faster than step by step
     return torch.baddbmm(offset, colors, images.flatten(2)).clamp(0, 1).view_as(images)
 
 
 def augment(images, *, crop_min=0.2, color_strength=0.5, gray_prob=0.1, flip=True):
     """A random view of each image, as in SimCLR; the whole batch at once, on its device.
 
-    images: (N, 3, H, W) float in [0, 1]. A crop has crop_min to 1 of the area, an aspect ratio of
-    3/4 to 4/3; half of the views are mirrored if flip, 80% change colour, and a share of
-    gray_prob turns grey. The defaults suit small photographs.
+    images: (N, 3, H, W) float in [0, 1]. A crop has crop_min to 1 of the area and an aspect ratio
+    of 3/4 to 4/3, before a side that is longer than the image's is cut to it; half of the views
+    are mirrored if flip, 80% change colour, and a share of gray_prob turns grey. The defaults suit
+    small photographs.
     """
     n, _, height, width = images.shape
 
@@ -240,7 +244,7 @@ def augment(images, *, crop_min=0.2, color_strength=0.5, gray_prob=0.1, flip=Tru
 
     area = height * width * uniform(crop_min, 1)
     aspect = uniform(math.log(3 / 4), math.log(4 / 3)).exp()
-    # a side that is longer than the image's is cut, where torchvision draws both again
+    # torchvision draws again instead of cutting
     crop_height = (area / aspect).sqrt().clamp(max=height)
     crop_width = (area * aspect).sqrt().clamp(max=width)
     views = crop_and_flip(
@@ -271,7 +275,7 @@ def small_encoder():
         nn.BatchNorm2d(16),
         nn.ReLU(inplace=True),  # 16 channels, 16x16 places
         nn.Conv2d(16, 24, kernel_size=3, padding=1, bias=False),
-        nn.MaxPool2d(2),
+        nn.MaxPool2d(2),  # before BatchNorm, which then has a quarter of the work
         nn.BatchNorm2d(24),
         nn.ReLU(inplace=True),  # 24 channels, 8x8 places
         nn.Conv2d(24, 48, kernel_size=3, padding=1, bias=False),
@@ -302,6 +306,7 @@ class Model(nn.Module):
         super().__init__()
         self.encoder = resnet18_encoder() if encoder == "resnet18" else small_encoder()
         features = 512 if encoder == "resnet18" else 192
+        # nn.Linear as it comes: before BatchNorm its bias is idle, and does no harm
         self.projector = nn.Sequential(
             nn.Linear(features, 2 * features),
             nn.BatchNorm1d(2 * features),
@@ -410,10 +415,6 @@ class UserError(Exception):
     """What a user can mend; its message is one line that says how."""
 
 
-def first_line(error):
-    return str(error).partition("\n")[0]
-
-
 def draw_stencils(characters):
     """Each character in each font, white on black: (fonts, characters, 1, 48, 48) in [0, 1]."""
     stencils = torch.zeros(len(FONTS), len(characters), 1, 48, 48)
@@ -485,7 +486,7 @@ def read_picture(path):
             picture = ImageOps.exif_transpose(picture).convert("RGBA")
     # SyntaxError and ValueError are Pillow's for some broken files
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read: {first_line(error)}")
+        raise UserError(f"{path} cannot be read: {error}")
     white = Image.new("RGBA", picture.size, "white")
     return Image.alpha_composite(white, picture).convert("RGB")
 
@@ -499,7 +500,7 @@ def download(name, split, data_dir):
         return getattr(torchvision.datasets, TORCHVISION[name])(data_dir, download=True, **part)
     except (OSError, RuntimeError) as error:
         advice = f"when offline, put what torchvision's {TORCHVISION[name]} reads into {data_dir}"
-        raise UserError(f"{name}: {first_line(error)}; {advice}")
+        raise UserError(f"{name}: {advice} ({error})")
 
 
 # an ablation's runs in one process share the tensors: do not write into them
@@ -603,7 +604,7 @@ def file_name(text):
 def preset(dataset, encoder=None):
     """What belongs to a data set and an encoder, for Config(**preset("cifar10", "small")).
 
-    Without an encoder: resnet18 for photographs on CUDA (on a CPU it takes days), else small.
+    Without an encoder: resnet18 for photographs on CUDA (a CPU is too slow for it), else small.
     """
     photographs = dataset not in GLYPHS
     default = "resnet18" if photographs and torch.cuda.is_available() else "small"
@@ -732,7 +733,7 @@ def train_epoch(network, optimizer, images, epoch, config):
     seed = config.seed * 1_000_003 + epoch
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     batches = order[: steps * config.batch_size].view(steps, config.batch_size).to(images.device)
-    torch.manual_seed(seed * 1_009)  # for the views: not the order's (but 0, which does no harm)
+    torch.manual_seed(seed * 1_009)  # for the views; the order's seed would have done as well
     network.train()
     sums = {}
     for step, batch in enumerate(batches):
@@ -755,7 +756,7 @@ def open_device(name):
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:  # which one depends on how PyTorch was built
-        raise UserError(f"there is no --device {name}: {first_line(error)}")
+        raise UserError(f"there is no --device {name}: {error}")
 
 
 def new_folder(config):
@@ -790,7 +791,7 @@ def write_whole(path, write):
     except (OSError, RuntimeError) as error:  # torch.save has a RuntimeError for a full disk
         partial.unlink(missing_ok=True)
         advice = "with room on the disk, --resume FOLDER or the same --ablate goes on"
-        raise UserError(f"{path} cannot be written ({first_line(error)}); {advice}")
+        raise UserError(f"{path} cannot be written; {advice} ({error})")
 
 
 def write_csv(path, rows):
@@ -826,12 +827,12 @@ def read_run(folder, config=None):
         state["model"] = Model(state["config"].encoder).eval()
         state["model"].load_state_dict(weights)
         written = json.loads(results.read_text()) if results.exists() else None
-        whole = ("config", "probes", "means")
-        state["results"] = written and {name: written[name] for name in whole}
+        names = ("config", "probes", "means", "versions")  # KeyError where one is missing
+        state["results"] = written and {name: written[name] for name in names}
     # no file; not a whole one; not one of this version
     except (OSError, pickle.PickleError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        what = f"{folder}: its checkpoint.pt or results.json is not this version's"
-        raise UserError(f"{what} ({first_line(error)})")
+        what = "its checkpoint.pt or results.json is not this version's"
+        raise UserError(f"{folder}: {what} ({error})")
     if config and config != state["config"]:
         raise UserError(f"{folder} holds a run with other settings")
     return state
@@ -889,13 +890,6 @@ def probe_sets(model, sets):
     return {name: probe(model, train, test) for name, (train, test) in sets.items()}
 
 
-def restore(earlier, model, optimizer):
-    """Put what read_run gives into a new model and its optimizer. Returns the history so far."""
-    model.load_state_dict(earlier["model"].state_dict())
-    optimizer.load_state_dict(earlier["optimizer"])
-    return earlier["history"]
-
-
 EPOCH_LINE = (
     "epoch {epoch}  NT-Xent {loss:.3f}  angle {angle:.1f} deg  E {E:.3f}  D {D:.3f}  A {A:.3f}  "
     "{images_per_second:,.0f} images/s"
@@ -905,8 +899,8 @@ EPOCH_LINE = (
 def run(config, on_epoch=None, *, folder=None, untrained=True, verbose=True):
     """Train and probe once. Returns what results.json holds.
 
-    on_epoch(row, model) gets each epoch's row of metrics.csv. folder: where to begin or to go on,
-    else a new one. untrained: probe the encoder before its first step, too. verbose: print.
+    on_epoch(row, model), to watch a run, gets each epoch's row of metrics.csv. folder: where to
+    begin or to go on, else a new one. untrained: probe the encoder before its first step, too.
     """
     say = print if verbose else lambda text: None
     earlier = None
@@ -922,8 +916,12 @@ def run(config, on_epoch=None, *, folder=None, untrained=True, verbose=True):
     dtype = "bfloat16" if has_bfloat16(device) else "float32"
     say(f"{folder}: {len(images):,} images, {config.encoder} encoder, {device}, {dtype}")
     model, optimizer = build(config, device)
-    before = probe_sets(model, sets) if untrained else {}
-    history = restore(earlier, model, optimizer) if earlier else []
+    before = probe_sets(model, sets) if untrained else {}  # before what was learned is restored
+    history = []
+    if earlier:
+        model.load_state_dict(earlier["model"].state_dict())
+        optimizer.load_state_dict(earlier["optimizer"])
+        history = earlier["history"]
     images = images.to(device)
     try:
         for epoch in range(len(history), config.epochs):
@@ -933,11 +931,11 @@ def run(config, on_epoch=None, *, folder=None, untrained=True, verbose=True):
             say(EPOCH_LINE.format(**row))
             if on_epoch:
                 on_epoch(row, model)
+        return write_results(folder, config, history, before, probe_sets(model, sets))
     except KeyboardInterrupt:
         if history:
             say(f"\nstopped. To go on: python margin_contrastive.py --resume {folder}")
         raise
-    return write_results(folder, config, history, before, probe_sets(model, sets))
 
 
 # ---- 9. Ablation ---------------------------------------------------------------------------------
@@ -956,10 +954,11 @@ SWITCHES = {
 
 
 def matched_controls(rows, config):
-    """Two controls, NT-Xent with E * D or A replaced by a constant of the same total effect.
+    """Two controls, NT-Xent with a constant in the place of E * D or A.
 
     From ablate's rows of E+D+A: positive_scale is the sum of all pulls with E * D over the sum
     without; the factor on lr likewise, of the weights with A and without. {} if these diverged.
+    (lr scales weight decay, too, which A does not.)
     """
     full = [row for row in rows if row["setting"] == "E+D+A" and not math.isnan(row["pull"])]
     if not full:
@@ -1099,7 +1098,7 @@ def make_parser():
         if knob.name in ("emphasis", "deemphasis", "attenuation"):
             off = {"dest": knob.name, "action": "store_const", "const": 0.0}
             parser.add_argument(f"--no-{knob.name}", **off)
-    parser.add_argument("--ablate", action="store_true", help="all switches and two controls")
+    parser.add_argument("--ablate", action="store_true", help="all switches, and two controls")
     parser.add_argument("--seeds", type=int, help="seeds of --ablate (3)")
     parser.add_argument("--resume", metavar="FOLDER", help="go on with a stopped run")
     return parser
@@ -1150,16 +1149,17 @@ def main(argv=None):
         folder = Path(config.out, f"ablation-{config.name()}")
         seeds = range(config.seed, config.seed + (seeds or 3))
         rows = ablate(SWITCHES, seeds, config, folder)
-        # the controls are matched to these rows; finished runs are only read
+        # the controls are matched to these rows; what has finished is read, not made again
         rows = ablate(SWITCHES | matched_controls(rows, config), seeds, config, folder)
         draw_ablation(rows).savefig(folder / "figure.png", dpi=150)
         print_table(rows)
     except torch.OutOfMemoryError:
         parser.exit(2, f"{parser.prog}: the GPU's memory is full: lower --batch-size\n")
     except (UserError, FloatingPointError, OSError, ImportError) as error:
-        parser.exit(2, f"{parser.prog}: {first_line(error)}\n")
+        line, *_ = str(error).split("\n")  # PyTorch's can have many
+        parser.exit(2, f"{parser.prog}: {line}\n")
     except KeyboardInterrupt:
-        # 130: as the shell counts it; run has given its own advice
+        # 130: as the shell counts it; run says itself how to go on
         parser.exit(130, "\nstopped; the same command goes on\n" if ablation else "")
 
 
