@@ -899,8 +899,8 @@ EPOCH_LINE = (
 def run(config, on_epoch=None, *, folder=None, untrained=True, verbose=True):
     """Train and probe once. Returns what results.json holds.
 
-    on_epoch(row, model), to watch a run, gets each epoch's row of metrics.csv. folder: where to
-    begin or to go on, else a new one. untrained: probe the encoder before its first step, too.
+    on_epoch(row, model) gets each epoch's row of metrics.csv. folder: where to begin or to go on,
+    else a new one. untrained: probe the encoder before its first step, too. verbose: print.
     """
     say = print if verbose else lambda text: None
     earlier = None
