@@ -1223,6 +1223,7 @@ def test_ablate_from_the_command_line(tmp_path):
 README = PROGRAM.with_name("README.md").read_text(encoding="utf-8")
 CELLS = json.loads(PROGRAM.with_name("tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
 CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 OUTPUTS = [output for cell in CODE for output in cell["outputs"]]
 TEXT = "".join("".join(output.get("text", [])) for output in OUTPUTS)
 
@@ -1244,11 +1245,42 @@ def test_the_readme_has_the_notebooks_tables_and_its_links_lead_somewhere():
     assert all((PROGRAM.parent / link).exists() for link in links)
 
 
+def margin_in_the_logit(positive, negatives, temperature=0.2, margin=0.2):
+    """Cross-entropy with the margin in its positive's logit. (N,) and (N, K) cosines."""
+    moved = (positive.acos() + margin).cos()[:, None]
+    logits = torch.cat([moved, negatives], dim=1) / temperature
+    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
+
+
+@pytest.mark.parametrize("method", ["lightly", "SimCLR", "MoCo", "CLIP"])
+def test_the_lines_for_your_code_have_the_margin_losss_gradient(method):
+    (block,) = [block for block in BLOCKS if "# lightly" in block]
+    imports, *pieces = block.split("\n\n")
+    (piece,) = [piece for piece in pieces if method in piece]
+    z1, z2 = pairs(8, 6, 0.3, 2.8)
+    anchor = F.normalize(z1)
+    key = F.normalize(z2)
+    cosines = anchor @ key.T
+    l_pos = cosines.diagonal()[:, None]
+    l_neg = anchor @ F.normalize(torch.randn(20, 6, dtype=torch.float64)).T
+    yours = dict(torch=torch, T=0.2, z1=z1, z2=z2, l_pos=l_pos, l_neg=l_neg, cosines=cosines)
+    exec(imports + "\n" + piece, yours)
+    if method == "MoCo":
+        loss = margin_in_the_logit(l_pos.squeeze(1), l_neg)
+    elif method == "CLIP":
+        others = cosines[~torch.eye(8, dtype=torch.bool)].view(8, 7)
+        loss = margin_in_the_logit(cosines.diagonal(), others)
+    else:
+        loss = textbook_margin_loss(z1, z2, temperature=0.2, margin=0.2)
+    ours = yours["loss"] if "loss" in yours else yours["loss_fn"](z1, z2)  # lightly's is called
+    result = torch.autograd.grad(ours, z1, retain_graph=True)
+    expected = torch.autograd.grad(loss, z1)
+    assert relative_error(result, expected) < 1e-8
+
+
 @pytest.mark.parametrize("values", SWITCHES)
 def test_the_loss_for_a_slide_has_the_same_gradients(values):
-    section = re.search(r"^## Copy the loss\n.*?(?=^## |\Z)", README, re.M | re.S).group()
-    blocks = re.findall(r"```python\n(.*?)```", section, re.S)
-    (code,) = [block for block in blocks if "def margin_nt_xent" in block]
+    (code,) = [block for block in BLOCKS if "def margin_nt_xent" in block]
     alone = dict(math=math, torch=torch, F=F)
     exec(code, alone)
     z = pairs(8, 6, 0.05, 3.0)
