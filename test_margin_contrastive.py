@@ -1236,11 +1236,11 @@ def test_the_stored_notebook_is_one_clean_run():
     assert not re.search(r"(?<![\w.])/(home|root|tmp|usr|work)/|Warning", TEXT)
 
 
-def test_the_readme_has_the_notebooks_tables_and_its_links_lead_somewhere():
-    tables = re.findall(r"^setting .*?(?=^```)", README, re.M | re.S)
+def test_the_readme_has_the_notebooks_table_and_its_links_lead_somewhere():
+    rows = re.findall(r"^\| (?:letters|photographs), .*", README, re.M)
     links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    assert tables
-    assert all(table in TEXT for table in tables)
+    assert len(rows) == 4
+    assert all(row in TEXT for row in rows)
     assert ".png" in str(links)
     assert all((PROGRAM.parent / link).exists() for link in links)
 
