@@ -845,17 +845,18 @@ def load_model(folder):
 
 def draw_curves(history, title):
     """A Figure of loss, angle and factors over the epochs."""
-    figure = Figure(figsize=(9, 2.8), layout="constrained")
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
     figure.suptitle(title)
+    # Okabe and Ito's colours, which the colour-blind can tell apart; the tutorial's, too
     panels = {
-        "NT-Xent": ["loss"],
-        "angle of positive pairs (degrees)": ["angle"],
-        "mean of the log factor": ["log_E", "log_D", "log_A"],
+        "NT-Xent": {"loss": "black"},
+        "angle of positive pairs (degrees)": {"angle": "black"},
+        "mean of the log factor": {"log_E": "#D55E00", "log_D": "#0072B2", "log_A": "#009E73"},
     }
     epochs = [row["epoch"] for row in history]
     for axes, label in zip(figure.subplots(1, 3), panels):
-        for name in panels[label]:
-            axes.plot(epochs, [row[name] for row in history], "o-", label=name)
+        for name, color in panels[label].items():
+            axes.plot(epochs, [row[name] for row in history], "o-", color=color, label=name)
         axes.set(xlabel="epoch", ylabel=label)
     axes.legend()  # of the last panel, which has three curves
     return figure
