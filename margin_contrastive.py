@@ -8,8 +8,8 @@ three exact factors on the gradient of NT-Xent, SimCLR's loss, each with a switc
 
     E  emphasis, at least 1     pulls a positive pair harder at small angles     --no-emphasis
     D  de-emphasis, at most 1   pulls a positive pair more softly at wide ones   --no-deemphasis
-    A  attenuation, at least 1  strengthens the whole gradient of a view whose positive is already
-                                probable: it attenuates the fading of NT-Xent's  --no-attenuation
+    A  attenuation, at least 1  attenuates the fading of a view's gradient as its positive gets
+                                probable: a good pair keeps more of it           --no-attenuation
 
 All three on is the gradient of the margin loss, all three off that of NT-Xent.
 
@@ -88,7 +88,7 @@ def gradient_factors(c, u, *, temperature, margin, subtractive_margin=0.0):
     sin = ((1 - c) * (1 + c)).clamp(min=torch.finfo(c.dtype).eps).sqrt()
     g = math.cos(margin) + math.sin(margin) * c / sin  # = sin(theta + margin) / sin(theta)
     shifted = c * math.cos(margin) - sin * math.sin(margin)  # = cos(theta + margin)
-    shifted = torch.where(g > 0, shifted, -1.0)  # g is 0 at theta = pi - margin
+    shifted = torch.where(g > 0, shifted, -1.0)  # g is 0 at theta = pi - margin, then negative
     delta = (c - shifted + subtractive_margin) / temperature
     log_A = F.logsigmoid(u + delta) - F.logsigmoid(u)
     E = g.clamp(min=1)
@@ -364,7 +364,7 @@ def linear_probe(h_train, y_train, h_test, y_test):
 
 
 def knn(h_train, y_train, h_test, y_test, *, k=10):
-    """Test accuracy in percent of the majority of the k nearest training features by cosine.
+    """Test accuracy in percent when the k nearest training features, by cosine, vote.
 
     h_train, h_test: (N, F) float; y_train, y_test: (N,) int64.
     """
@@ -473,7 +473,7 @@ def open_folder(folder, split):
     pictures = {part: list_pictures(Path(folder, part)) for part in ("train", "test")}
     classes = {part: sorted({path.parent.name for path in pictures[part]}) for part in pictures}
     if classes["train"] != classes["test"]:
-        raise UserError(f"{folder}: train and test have other classes")
+        raise UserError(f"{folder}: train and test must hold the same classes")
     return [(path, classes[split].index(path.parent.name)) for path in pictures[split]]
 
 
@@ -604,7 +604,7 @@ def file_name(text):
 def preset(dataset, encoder=None):
     """What belongs to a data set and an encoder, for Config(**preset("cifar10", "small")).
 
-    Without an encoder: resnet18 for photographs on CUDA (a CPU is too slow for it), else small.
+    Without an encoder: resnet18 for photographs where CUDA is (a CPU is too slow), else small.
     """
     photographs = dataset not in GLYPHS
     default = "resnet18" if photographs and torch.cuda.is_available() else "small"
@@ -651,8 +651,9 @@ def measure(c, others, *, temperature, margin, subtractive_margin):
     """What metrics.csv averages: {name: tensor of the shape of c}; c, others as in margin_loss.
 
     loss: NT-Xent's. angle: theta in degrees. E, D, A: what the margin does or, where a switch is
-    off, would do. weight: 1 - p, which scales an anchor's gradient in NT-Xent; weight_A: with A.
-    pull: |dL / dtheta| * temperature, NT-Xent's pull on the positive; pull_ED: with E and D.
+    off, would do; log_E, log_D (at least -5) and log_A are their logarithms. weight: 1 - p, which
+    scales an anchor's gradient in NT-Xent; weight_A: with A. pull: |dL / dtheta| * temperature,
+    NT-Xent's pull on the positive; pull_ED: with E and D.
     """
     u = others - c / temperature
     E, D, log_A = gradient_factors(
@@ -733,7 +734,7 @@ def train_epoch(network, optimizer, images, epoch, config):
     seed = config.seed * 1_000_003 + epoch
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     batches = order[: steps * config.batch_size].view(steps, config.batch_size).to(images.device)
-    torch.manual_seed(seed * 1_009)  # for the views; the order's seed would have done as well
+    torch.manual_seed(seed * 1_009)  # for the views; any seed that no other epoch has would do
     network.train()
     sums = {}
     for step, batch in enumerate(batches):
@@ -834,7 +835,7 @@ def read_run(folder, config=None):
         what = "its checkpoint.pt or results.json is not this version's"
         raise UserError(f"{folder}: {what} ({error})")
     if config and config != state["config"]:
-        raise UserError(f"{folder} holds a run with other settings")
+        raise UserError(f"{folder} holds a run with other settings: move it, or change --out")
     return state
 
 
@@ -965,11 +966,11 @@ def matched_controls(rows, config):
     if not full:
         return {}
     pull = sum(row["pull_ED"] for row in full) / sum(row["pull"] for row in full)
-    step = sum(row["weight_A"] for row in full) / sum(row["weight"] for row in full)
-    pull, step = (float(f"{value:.3g}") for value in (pull, step))  # as in the settings' names
+    rate = sum(row["weight_A"] for row in full) / sum(row["weight"] for row in full)
+    pull, rate = (float(f"{value:.3g}") for value in (pull, rate))  # as in the settings' names
     return {
         f"pull x {pull}": OFF | {"positive_scale": pull},
-        f"lr x {step}": OFF | {"lr": step * config.lr},
+        f"lr x {rate}": OFF | {"lr": rate * config.lr},
     }
 
 
@@ -1053,19 +1054,21 @@ def by_setting(rows, column):
 def print_table(rows):
     """Print ablate's linear probes in percent, with differences to line 1 paired by seed."""
     print("setting          seen    difference  unseen    difference  failed  log E  log D  log A")
-    for setting in dict.fromkeys(row["setting"] for row in rows):  # each once, in their order
+    seen = by_setting(rows, "seen_linear")
+    baseline, _ = seen[rows[0]["setting"]]
+    for setting, (accuracies, _) in seen.items():
         line = f"{setting:15}"
         for column in ("seen_linear", "unseen_linear"):
             x, gain = by_setting(rows, column)[setting]
             error = gain.std() / len(gain) ** 0.5 if len(gain) > 1 else math.nan
             line += f"{x.mean():6.1f} {gain.mean():+7.1f} +- {error:3.1f}"
-        _, gain = by_setting(rows, "seen_linear")[setting]
-        line += f"{len(gain) - (gain > -10).sum():8}"  # diverged is nan, which is not above -10
+        succeeded = accuracies > baseline.nanmean() - 10  # diverged is nan, which is not above
+        line += f"{len(accuracies) - succeeded.sum():8}"
         for column in ("log_E", "log_D", "log_A"):
             x, _ = by_setting(rows, column)[setting]
             line += f"{x.mean():7.3f}"
         print(line)
-    print(f"{len(gain)} seeds, +- standard error; failed: diverged, or 10 points below line 1")
+    print(f"{len(baseline)} seeds, +- standard error; failed: diverged, or 10 points below line 1")
 
 
 def draw_ablation(rows):
