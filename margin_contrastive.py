@@ -835,7 +835,7 @@ def read_run(folder, config=None):
         what = "its checkpoint.pt or results.json is not this version's"
         raise UserError(f"{folder}: {what} ({error})")
     if config and config != state["config"]:
-        raise UserError(f"{folder} holds a run with other settings: move it, or change --out")
+        raise UserError(f"{folder} holds a run with other settings: give those, or another folder")
     return state
 
 
