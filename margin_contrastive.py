@@ -2,21 +2,23 @@
 
 An encoder sees two random views of each image. A contrastive loss pulls the two views of an image
 together (the positive pair) and pushes the views of all other images away (the negatives). A margin
-makes the positive pair look farther apart than it is, by an angle. Rho et al. (arXiv:2306.11526,
-abstract of v1) found that it changes the gradient in three ways. In this project's reading they are
-three exact factors on the gradient of NT-Xent, SimCLR's loss, each with a switch:
+m makes a positive pair look m radians farther apart than it is. Rho et al. (arXiv:2306.11526,
+abstract of v1) found that this changes the gradient in three ways. In this project's reading they
+are three exact factors on the gradient of NT-Xent, SimCLR's loss, each with a switch:
 
-    E  emphasis, at least 1     pulls a positive pair harder at small angles     --no-emphasis
-    D  de-emphasis, at most 1   pulls a positive pair more softly at wide ones   --no-deemphasis
-    A  attenuation, at least 1  attenuates the fading of a view's gradient as its positive gets
-                                probable: a good pair keeps more of it           --no-attenuation
+    E  emphasis, at least 1     pulls near pairs harder                          --no-emphasis
+    D  de-emphasis, at most 1   pulls wide pairs more softly                     --no-deemphasis
+    A  attenuation, at least 1  keeps the gradient of a good pair from dying:    --no-attenuation
+                                it attenuates how fast the gradient diminishes
 
-All three on is the gradient of the margin loss, all three off that of NT-Xent.
+All three on is the gradient of the margin loss, all three off that of NT-Xent. Near means closer
+than (pi - m) / 2, which is 84 degrees for the usual m = 0.2.
 
     python margin_contrastive.py --margin 0.2 --no-attenuation   train on letters, then probe
-    python margin_contrastive.py --ablate                        all switches, and two controls
+    python margin_contrastive.py --ablate                        all switches, and a weaker pull
 
-Sections 1 to 4, train_step and train_epoch are the method, the rest data, settings and runs.
+Sections 1 to 5 are the lesson: loss, views, encoder, training, probes. The rest is data, settings,
+runs, ablation and command line.
 """
 
 import argparse
@@ -29,6 +31,7 @@ import multiprocessing
 import pickle
 import re
 import signal
+import sys
 import time
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -47,12 +50,16 @@ from torch import nn
 # ---- 1. Loss -------------------------------------------------------------------------------------
 # For one anchor: c = cos(theta) with its positive, others = logsumexp of cos(theta_k) / tau over
 # its negatives k, and u = others - c / tau. The positive's softmax probability is p = sigmoid(-u).
-#   NT-Xent    L = -log p = softplus(u),  dL = sigmoid(u) * (d others - dc / tau)
-#   Margin m   cos(theta + m) in place of c adds delta = (c - cos(theta + m)) / tau to u. As dc is
-#              -sin(theta) dtheta, d cos(theta + m) = g * dc with g = sin(theta + m) / sin(theta)
-#              dL = sigmoid(u + delta) * (d others - g * dc / tau)
+# With d() for a small change:
+#   NT-Xent    L = -log p = softplus(u),  dL = sigmoid(u) * (d(others) - dc / tau)
+#   Margin m   cos(theta + m) in place of c adds delta = (c - cos(theta + m)) / tau to u, and
+#              d(cos(theta + m)) = g * dc with g = sin(theta + m) / sin(theta), so that
+#              dL = sigmoid(u + delta) * (d(others) - g * dc / tau)
 #   Factors    g = E * D, with E = max(g, 1), D = min(g, 1);  A = sigmoid(u + delta) / sigmoid(u)
-#              dL = sigmoid(u) * A * (d others - E * D * dc / tau)
+#              dL = sigmoid(u) * A * (d(others) - E * D * dc / tau)
+# E and D act on the positive, A on all that the anchor does, its push on the negatives included.
+# E grows without bound as theta nears 0, but the pull on the angle does not: as dc is
+# -sin(theta) d(theta), it has E * sin(theta) = sin(theta + m) in place of sin(theta).
 # Past theta = pi - m the shifted angle stays at pi: its cosine is -1, and g and D are 0.
 
 
@@ -80,15 +87,14 @@ def pair_terms(z1, z2, *, temperature):
 def gradient_factors(c, u, *, temperature, margin, subtractive_margin=0.0):
     """(E, D, log A) of a margin in radians, each of the shape of c and u, as defined above.
 
-    At theta = (pi - margin) / 2, g is 1: at smaller angles E acts, at wider ones D. A constant
-    subtractive_margin, taken off the cosine, adds to delta and leaves g as it is. A is given by its
-    logarithm, since it can be as large as exp(delta).
+    A constant subtractive_margin, taken off the cosine, adds to delta and leaves g as it is: it
+    acts through A only. A can be as large as exp(delta), so its logarithm is returned.
     """
     # sin(theta) is 0 at theta = 0 and pi, where eps keeps g finite
     sin = ((1 - c) * (1 + c)).clamp(min=torch.finfo(c.dtype).eps).sqrt()
     g = math.cos(margin) + math.sin(margin) * c / sin  # = sin(theta + margin) / sin(theta)
     shifted = c * math.cos(margin) - sin * math.sin(margin)  # = cos(theta + margin)
-    shifted = torch.where(g > 0, shifted, -1.0)  # g is 0 at theta = pi - margin, then negative
+    shifted = torch.where(g > 0, shifted, -1.0)  # g is negative where theta + margin is past pi
     delta = (c - shifted + subtractive_margin) / temperature
     log_A = F.logsigmoid(u + delta) - F.logsigmoid(u)
     E = g.clamp(min=1)
@@ -96,24 +102,23 @@ def gradient_factors(c, u, *, temperature, margin, subtractive_margin=0.0):
     return E, D, log_A
 
 
-def check_range(name, value, low, high):
-    """ValueError unless low <= value <= high, which also refuses nan."""
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be from {low:g} to {high:g}, not {value!r}")
+RANGES = {  # of margin_loss's settings; within them every product is finite in float32
+    "temperature": (1e-6, 1e6),
+    "margin": (0, 3.14),  # radians; at pi nothing would be pulled
+    "subtractive_margin": (0, 1e6),
+    "emphasis": (0, 4),  # the exponents of E, D and A; D can be 0, and 0**-1 is infinite
+    "deemphasis": (0, 4),
+    "attenuation": (0, 4),
+    "positive_scale": (1e-6, 1e6),
+}
 
 
-def check_loss_settings(
-    temperature, margin, subtractive_margin, emphasis, deemphasis, attenuation, positive_scale
-):
-    """ValueError that names the setting of margin_loss that is out of range, and its value."""
-    # within these ranges every product below is finite in float32
-    check_range("temperature", temperature, 1e-6, 1e6)
-    check_range("margin, in radians,", margin, 0, 3.14)  # at pi nothing would be pulled
-    check_range("subtractive_margin", subtractive_margin, 0, 1e6)
-    check_range("emphasis", emphasis, 0, 4)
-    check_range("deemphasis", deemphasis, 0, 4)  # D can be 0, and 0**-1 is infinite
-    check_range("attenuation", attenuation, 0, 4)
-    check_range("positive_scale", positive_scale, 1e-6, 1e6)
+def check_range(**settings):
+    """ValueError unless each is a number in its range: not nan, and not a tensor to be learned."""
+    for name, value in settings.items():
+        low, high = RANGES[name]
+        if isinstance(value, torch.Tensor) or not low <= value <= high:
+            raise ValueError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")
 
 
 def margin_loss(
@@ -130,21 +135,23 @@ def margin_loss(
 ):
     """NT-Xent with its gradient scaled as a margin scales it, each of the three effects apart.
 
-    c, others: of one shape, as defined above, wherever they come from (a batch, a queue). margin is
-    an angle in radians, subtractive_margin a cosine. emphasis, deemphasis and attenuation are
-    strengths, the exponents of E, D and A: 1 as in the margin, 0 off. positive_scale, a constant on
-    the pull of every positive, is there to compare E and D with. Returns a scalar with NT-Xent's
-    *value*, which compares across settings; the margin is in its gradient (the first: a second one
-    would not see the factors change). ValueError for unlike shapes or a setting out of range.
+    c, others: of one shape, as defined above, wherever they come from (a batch, a queue); others is
+    -inf for an anchor without negatives, which has loss and gradient 0. margin is an angle in
+    radians, subtractive_margin a cosine. emphasis, deemphasis and attenuation are strengths, the
+    exponents of E, D and A: 1 as in the margin, 0 off. positive_scale is a constant on the pull of
+    every positive, to compare E and D with. Returns a scalar with NT-Xent's *value*, which compares
+    across settings; the margin is in its first-order gradient alone. ValueError for unlike shapes,
+    a setting out of range, or a tensor as a setting: to learn a temperature, scale the cosines.
     """
     if c.shape != others.shape:
         raise ValueError(f"c and others differ: {tuple(c.shape)}, {tuple(others.shape)}")
-    check_loss_settings(
-        temperature, margin, subtractive_margin, emphasis, deemphasis, attenuation, positive_scale
-    )
+    check_range(temperature=temperature, margin=margin, subtractive_margin=subtractive_margin)
+    check_range(emphasis=emphasis, deemphasis=deemphasis, attenuation=attenuation)
+    check_range(positive_scale=positive_scale)
     # float32 at least: half precision is too coarse for what is exponentiated
     c = c.to(torch.promote_types(c.dtype, torch.float32))
-    others = others.to(c.dtype)
+    # a very negative number for -inf, of which A, a difference of logarithms, would be nan
+    others = others.to(c.dtype).clamp(min=-1e30)
     u = others - c / temperature
     E, D, log_A = gradient_factors(
         c, u, temperature=temperature, margin=margin, subtractive_margin=subtractive_margin
@@ -171,18 +178,19 @@ def margin_contrastive_loss(z1, z2, *, temperature=0.2, margin=0.2, **settings):
 
 # ---- 2. Views ------------------------------------------------------------------------------------
 def sample_points(start, length, size):
-    """Along one side of the image: the places at which to read a crop, one for each new pixel.
+    """Where along one side of the image to read a crop, one place for each new pixel.
 
     start, length: of the crop, (N, 1, 1) in pixels; size: of the side, in pixels. Returns
     (N, 1, size) in grid_sample's unit, in which -1 and 1 are the two edges of the image.
     """
-    # the crop in `size` equal parts: where each has its centre, 0 being that of the first pixel
-    pixel = (torch.arange(size, device=start.device) + 0.5) / size * length - 0.5
-    # nothing outside of the crop is read; nor outside of the image, so that grid_sample needs no
-    # padding_mode="border", which Apple's GPUs do not have (PyTorch issue 125098)
-    pixel = torch.minimum(pixel.clamp(min=0), length - 1)
-    # pixel i has its centre at i + 1/2 of 0 to size, which is rescaled to -1 to 1
-    return (2 * (start + pixel) + 1) / size - 1
+    # The crop in `size` equal parts: where each has its centre, in pixels from the first pixel of
+    # the crop. (Pixel i reaches from i to i + 1 and has its centre at i + 1/2: hence the halves.)
+    place = (torch.arange(size, device=start.device) + 0.5) / size * length - 0.5
+    # Nothing outside of the crop is read; nor outside of the image, so that grid_sample needs no
+    # padding_mode="border", which Apple's GPUs do not have (PyTorch issue 125098).
+    place = torch.minimum(place.clamp(min=0), length - 1)
+    # from 0 ... size to -1 ... 1
+    return (2 * (start + place) + 1) / size - 1
 
 
 def crop_and_flip(images, *, top, left, height, width, flip):
@@ -193,9 +201,11 @@ def crop_and_flip(images, *, top, left, height, width, flip):
     x = sample_points(left, width, images.shape[3])
     y = sample_points(top, height, images.shape[2])
     x = torch.where(flip, x.flip(2), x)
+    # every row of a box reads the same x, every column the same y: to broadcast them takes a tenth
+    # of the time of affine_grid, which multiplies a matrix for each pixel
     x, y = torch.broadcast_tensors(x, y.transpose(1, 2))  # (N, H, W) each
     grid = torch.stack([x, y], dim=3)
-    # contiguous: Apple's GPUs read channels-last images wrongly (PyTorch issue 174339)
+    # contiguous: Apple's GPUs read a caller's channels-last images wrongly (PyTorch issue 174339)
     return F.grid_sample(images.contiguous(), grid, align_corners=False)
 
 
@@ -214,13 +224,15 @@ def jitter_colors(images, *, brightness, contrast, saturation, hue, to_grey):
     identity = torch.eye(3, device=images.device)
     # Rodrigues' rotation about the grey axis k = (1, 1, 1) / 3**0.5: cos I + sin K + (1 - cos) k k'
     angle = 2 * math.pi * hue
-    cross_product = (identity.roll(1, 0) - identity.roll(-1, 0)) / 3**0.5  # K
+    # K = [[0, -1, 1], [1, 0, -1], [-1, 1, 0]] / 3**0.5, as K v is k x v
+    cross_product = (identity.roll(1, 0) - identity.roll(-1, 0)) / 3**0.5
     hue_rotation = angle.cos() * identity + angle.sin() * cross_product + (1 - angle.cos()) / 3
 
-    # colors: (N, 3, 3), the rows give red, green and blue of the result
+    # colors: (N, 3, 3), to be multiplied with each pixel (red, green, blue). Its rows make the new
+    # red, green and blue; so grey(colors), a mean of the rows, makes the new pixel's grey
     colors = brightness * contrast * identity
-    # contrast moves colours away from the image's mean grey. No step below changes a grey, so this
-    # offset stays as it is
+    # contrast moves colours away from the image's mean grey, an offset that stays as it is: no step
+    # below changes a grey
     offset = brightness * (1 - contrast) * grey(images.mean((2, 3)))[:, :, None]
     colors = saturation * colors + (1 - saturation) * grey(colors)
     colors = hue_rotation @ colors
@@ -298,21 +310,25 @@ def resnet18_encoder():
     return encoder
 
 
+ENCODERS = {"small": (small_encoder, 192), "resnet18": (resnet18_encoder, 512)}
+
+
 class Model(nn.Module):
-    """Images (N, 3, 32, 32) float in [0, 1] -> (h, z): features (N, 192) of the small encoder or
-    (N, 512) of resnet18, which the probes use; embeddings (N, 128), which the loss compares."""
+    """Images (N, 3, 32, 32) float in [0, 1] -> (h, z): features (N, F), which the probes use, and
+    embeddings (N, 128), which the loss compares. encoder: a name of ENCODERS."""
 
     def __init__(self, encoder):
         super().__init__()
-        self.encoder = resnet18_encoder() if encoder == "resnet18" else small_encoder()
-        features = 512 if encoder == "resnet18" else 192
+        make_encoder, features = ENCODERS[encoder]
+        self.encoder = make_encoder()
         # nn.Linear as it comes: before BatchNorm its bias is idle, and does no harm
         self.projector = nn.Sequential(
             nn.Linear(features, 2 * features),
             nn.BatchNorm1d(2 * features),
             nn.ReLU(inplace=True),
             nn.Linear(2 * features, 128),
-            nn.BatchNorm1d(128, affine=False),  # centred: else all z begin nearly parallel
+            # centred: what ReLU leaves is positive, so all z would begin nearly parallel
+            nn.BatchNorm1d(128, affine=False),
         )
 
     def forward(self, images):
@@ -320,7 +336,97 @@ class Model(nn.Module):
         return h, self.projector(h)
 
 
-# ---- 4. Probes -----------------------------------------------------------------------------------
+# ---- 4. Training ---------------------------------------------------------------------------------
+def learning_rate(progress, config):
+    """The optimizer's rate when `progress`, 0 to 1, of the training is done.
+
+    A tenth of the training linearly up to lr * batch_size / 256, then a cosine down to 0.
+    """
+    peak = config.lr * config.batch_size / 256
+    if progress < 0.1:
+        return peak * progress / 0.1
+    return peak * (1 + math.cos(math.pi * (progress - 0.1) / 0.9)) / 2
+
+
+@torch.no_grad()
+def measure(c, others, config):
+    """What to report of a batch, {name: tensor of the shape of c}; c, others as of pair_terms.
+
+    loss: NT-Xent's. angle: theta in degrees. E, D, A: what the margin does or, where a switch is
+    off, would do; log_E, log_D and log_A: their logarithms, as factors average geometrically.
+    """
+    tau = config.temperature
+    u = others - c / tau
+    E, D, log_A = gradient_factors(
+        c, u, temperature=tau, margin=config.margin, subtractive_margin=config.subtractive_margin
+    )
+    return {
+        "loss": F.softplus(u),
+        "angle": c.clamp(-1, 1).acos().rad2deg(),  # rounding can take c out of its range
+        "E": E,
+        "D": D,
+        "A": log_A.clamp(max=80).exp(),  # exp(89) is infinite in float32
+        "log_E": E.log(),
+        "log_D": D.log().clamp(min=-5),  # D can be 0; a pull of 1/150 is as good as none
+        "log_A": log_A,
+    }
+
+
+def has_bfloat16(device):
+    """Whether to train in bfloat16: where a card computes in it; a T4 only emulates it, slowly."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def train_step(model, optimizer, images, config):
+    """One step: two views of each image (N, 3, 32, 32) uint8, the loss and its gradient.
+
+    model(views) is (features, embeddings). Returns what measure says of the 2N anchors.
+    """
+    device = images.device
+    twice = images.repeat(2, 1, 1, 1) / 255
+    views = augment(twice, crop_min=config.crop_min, gray_prob=config.gray_prob, flip=config.flip)
+    with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
+        _, z = model(views)
+    z1, z2 = z.chunk(2)
+    c, others = pair_terms(z1, z2, temperature=config.temperature)
+    loss = margin_loss(c, others, **config.loss_settings())
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return measure(c, others, config)
+
+
+def train_epoch(model, optimizer, images, epoch, config):
+    """One pass over images (N, 3, 32, 32) uint8, on their device, in batches of random order.
+
+    epoch counts from 0. Returns measure's means over steps and anchors: a row of metrics.csv.
+    FloatingPointError if the loss is not finite.
+    """
+    start = time.perf_counter()
+    steps = len(images) // config.batch_size  # the images left over differ from epoch to epoch
+    # a seed for each epoch, so that a run that is resumed repeats it, and others for each
+    # config.seed, as no run has a million epochs
+    seed = config.seed * 1_000_003 + epoch
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    batches = order[: steps * config.batch_size].view(steps, config.batch_size).to(images.device)
+    torch.manual_seed(seed * 1_009)  # for the views: another than the order's, where it is not 0
+    model.train()
+    sums = {}
+    for step, batch in enumerate(batches):
+        progress = (epoch + (step + 0.5) / steps) / config.epochs  # in the middle of the step
+        optimizer.param_groups[0]["lr"] = learning_rate(progress, config)
+        measured = train_step(model, optimizer, images[batch], config)
+        # sums stay on the device: to read a number here would make the CPU wait for the GPU
+        for name, values in measured.items():
+            sums[name] = sums.get(name, 0) + values.mean() / steps
+    row = {name: total.item() for name, total in sums.items()}
+    if not math.isfinite(row["loss"]):
+        raise FloatingPointError(f"loss {row['loss']} in epoch {epoch + 1}: lower --lr")
+    rate = steps * config.batch_size / (time.perf_counter() - start)
+    return {"epoch": epoch + 1, **row, "images_per_second": rate}
+
+
+# ---- 5. Probes -----------------------------------------------------------------------------------
 @torch.no_grad()
 def extract_features(model, images):
     """Features (N, F) of images (N, 3, 32, 32) uint8. Puts the model in eval mode."""
@@ -329,11 +435,19 @@ def extract_features(model, images):
     return torch.cat([model.encoder(batch.to(device) / 255) for batch in images.split(500)])
 
 
+def check_labels(h, y):
+    """ValueError unless there is one label for each row of features; (N, 1) would be broadcast."""
+    if y.shape != h.shape[:1]:
+        raise ValueError(f"labels {tuple(y.shape)} are not (N,) for features {tuple(h.shape)}")
+
+
 def linear_probe(h_train, y_train, h_test, y_test):
     """Test accuracy in percent of logistic regression on standardised features.
 
-    h_train, h_test: (N, F) float; y_train, y_test: (N,) int64.
+    h_train, h_test: (N, F) float; y_train, y_test: (N,) int64. ValueError for other labels' shapes.
     """
+    check_labels(h_train, y_train)
+    check_labels(h_test, y_test)
     mean = h_train.mean(0)
     std = h_train.std(0).clamp(min=1e-6)  # a feature may be 0 for all images
     x_train = (h_train - mean) / std
@@ -341,19 +455,15 @@ def linear_probe(h_train, y_train, h_test, y_test):
     classes = int(y_train.max()) + 1
     coefficients = x_train.new_zeros(x_train.shape[1], classes).requires_grad_()
     biases = x_train.new_zeros(classes).requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [coefficients, biases],
-        max_iter=200,
-        tolerance_grad=1e-5,
-        tolerance_change=0,  # by default a small step ends it, before the optimum
-        history_size=20,
-        line_search_fn="strong_wolfe",
-    )
+    # tolerance_change: by default a small step ends it, before the optimum
+    limits = dict(max_iter=200, tolerance_grad=1e-5, tolerance_change=0, history_size=20)
+    optimizer = torch.optim.LBFGS([coefficients, biases], line_search_fn="strong_wolfe", **limits)
 
     def closure():
         optimizer.zero_grad()
         cross_entropy = F.cross_entropy(x_train @ coefficients + biases, y_train)
-        # a weak penalty, the same for all settings: separable classes would have no finite optimum
+        # separable classes have no finite optimum without a penalty; this one is weak, and the
+        # same for all that is compared
         loss = cross_entropy + 0.005 * coefficients.square().sum()
         loss.backward()
         return loss
@@ -366,8 +476,10 @@ def linear_probe(h_train, y_train, h_test, y_test):
 def knn(h_train, y_train, h_test, y_test, *, k=10):
     """Test accuracy in percent when the k nearest training features, by cosine, vote.
 
-    h_train, h_test: (N, F) float; y_train, y_test: (N,) int64.
+    h_train, h_test: (N, F) float; y_train, y_test: (N,) int64. ValueError for other labels' shapes.
     """
+    check_labels(h_train, y_train)
+    check_labels(h_test, y_test)
     h_train = F.normalize(h_train)
     h_test = F.normalize(h_test)
     k = min(k, len(h_train))
@@ -381,24 +493,7 @@ def knn(h_train, y_train, h_test, y_test, *, k=10):
     return 100 * (torch.cat(guesses) == y_test).float().mean().item()
 
 
-def probe(model, train, test):
-    """(linear probe, kNN): test accuracies in percent of the frozen encoder; None for one class.
-
-    train, test: images (N, 3, 32, 32) uint8 and labels (N,) int64.
-    """
-    h_train = extract_features(model, train[0])
-    h_test = extract_features(model, test[0])
-    if not (h_train.isfinite().all() and h_test.isfinite().all()):
-        raise FloatingPointError("the features are not finite: lower --lr")
-    y_train = train[1].to(h_train.device)
-    y_test = test[1].to(h_test.device)
-    if len(y_train.unique()) == 1:  # one class leaves nothing to tell apart
-        return None, None
-    data = (h_train, y_train, h_test, y_test)
-    return linear_probe(*data), knn(*data)
-
-
-# ---- 5. Data -------------------------------------------------------------------------------------
+# ---- 6. Data -------------------------------------------------------------------------------------
 GLYPHS = {  # name: (characters, {split: (number of images, seed)})
     "glyphs": ("ABCDEFGHIJKLMNOPQRSTUVWXYZ", {"train": (5000, 0), "test": (2000, 1)}),
     "digits": ("0123456789", {"train": (2000, 2), "test": (2000, 3)}),
@@ -406,13 +501,8 @@ GLYPHS = {  # name: (characters, {split: (number of images, seed)})
 FONTS = """DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSerif
     DejaVuSerif-Bold DejaVuSerif-Italic STIXGeneral STIXGeneralBol STIXGeneralItalic
     cmr10 cmb10 cmss10 cmtt10 STIXGeneralBolIta""".split()  # in every matplotlib since 3.6
-TORCHVISION = dict(cifar10="CIFAR10", cifar100="CIFAR100", stl10="STL10", svhn="SVHN")
+TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "svhn": "SVHN"}
 TORCHVISION["fashion-mnist"] = "FashionMNIST"
-PICTURE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-
-
-class UserError(Exception):
-    """What a user can mend; its message is one line that says how."""
 
 
 def draw_stencils(characters):
@@ -420,8 +510,7 @@ def draw_stencils(characters):
     stencils = torch.zeros(len(FONTS), len(characters), 1, 48, 48)
     for i, name in enumerate(FONTS):
         path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf")
-        with open(path, "rb") as file:  # its error names the file, truetype's does not
-            font = ImageFont.truetype(file, 32)
+        font = ImageFont.truetype(str(path), 32)
         for j, character in enumerate(characters):
             drawing = Image.new("L", (48, 48))
             ImageDraw.Draw(drawing).text((24, 24), character, fill=255, font=font, anchor="mm")
@@ -442,9 +531,10 @@ def glyphs(characters, count, seed):
     labels = torch.arange(count) % len(characters)
     font = torch.randint(len(FONTS), (count,), generator=generator)
     stencils = draw_stencils(characters)[font, labels]
-    # zoom: the share of the stencil's side that the image shows. 32 / 48 shows pixel by pixel, and
-    # the character has the 32 pixels in which it was drawn; divided by s / 32 it has s
-    zoom = 32 / 48 * 32 / uniform(22, 32, 1, 1)
+    # the share of the stencil's side that the image shows: 32 of 48 pixels leave a character the
+    # size of 32 with which it was drawn, more pixels make it smaller
+    size = uniform(22, 32, 1, 1)
+    zoom = 32 / 48 * 32 / size
     angle = uniform(-15, 15).deg2rad()
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1)
     shift = uniform(-0.12, 0.12, 2, 1)  # up to 3 of the stencil's pixels
@@ -459,71 +549,63 @@ def glyphs(characters, count, seed):
     return (images * 255).round().to(torch.uint8), labels
 
 
-def list_pictures(folder):
-    """The paths of the pictures folder/CLASS/*.jpg, in alphabetical order."""
-    # "[!.]*" leaves out .ipynb_checkpoints and macOS's ._picture.jpg
-    paths = [path for path in folder.glob("[!.]*/[!.]*") if path.suffix.lower() in PICTURE_FILES]
-    if not paths:
-        raise UserError(f"{folder} must hold CLASS/*.jpg; without classes, {folder}/all/*.jpg")
-    return sorted(paths)
-
-
-def open_folder(folder, split):
-    """[(path, label), ...] of folder/train or folder/test, the labels in the classes' order."""
-    pictures = {part: list_pictures(Path(folder, part)) for part in ("train", "test")}
-    classes = {part: sorted({path.parent.name for path in pictures[part]}) for part in pictures}
-    if classes["train"] != classes["test"]:
-        raise UserError(f"{folder}: train and test must hold the same classes")
-    return [(path, classes[split].index(path.parent.name)) for path in pictures[split]]
-
-
 def read_picture(path):
     """A file as an upright RGB picture, laid on white where it is transparent."""
     try:
         with Image.open(path) as picture:
             if picture.mode[0] in "IF":  # 16 or 32 bits, which convert would cut at 255
-                raise UserError(f"{path} has more than 8 bits a channel: save it with 8")
+                raise ValueError("it has more than 8 bits a channel")
             picture = ImageOps.exif_transpose(picture).convert("RGBA")
-    # SyntaxError and ValueError are Pillow's for some broken files
+    # SyntaxError and ValueError are Pillow's for some broken files; none of these names the file
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read: {error}")
+        raise ValueError(f"{path} cannot be read: {error}")
     white = Image.new("RGBA", picture.size, "white")
     return Image.alpha_composite(white, picture).convert("RGB")
 
 
-def download(name, split, data_dir):
-    """A torchvision set, of which dataset[i] is (picture, label)."""
-    import torchvision.datasets
+def open_dataset(name, split, data_dir):
+    """A torchvision set, of which dataset[i] is (PIL image, label).
 
+    folder:DIR has its pictures in DIR/train/CLASS and DIR/test/CLASS, with the same classes.
+    """
+    from torchvision import datasets
+
+    if name.startswith("folder:"):
+        folder = Path(name.removeprefix("folder:")).expanduser()
+        train = datasets.ImageFolder(folder / "train", loader=read_picture)
+        test = datasets.ImageFolder(folder / "test", loader=read_picture)
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        if odd:
+            raise ValueError(f"{folder}: train and test do not share the classes {odd}")
+        return train if split == "train" else test
+    if name not in TORCHVISION:
+        raise ValueError(f"no data set {name}: {[*GLYPHS, *TORCHVISION]}, folder:DIR")
     part = {"split": split} if name in ("svhn", "stl10") else {"train": split == "train"}
     try:
-        return getattr(torchvision.datasets, TORCHVISION[name])(data_dir, download=True, **part)
+        return getattr(datasets, TORCHVISION[name])(data_dir, download=True, **part)
     except (OSError, RuntimeError) as error:
-        advice = f"when offline, put what torchvision's {TORCHVISION[name]} reads into {data_dir}"
-        raise UserError(f"{name}: {advice} ({error})")
+        raise OSError(f"{name} could not be downloaded into {data_dir}: {error}")
 
 
-# an ablation's runs in one process share the tensors: do not write into them
+# the runs of a process share the tensors: do not write into them
 @functools.cache
 def load_images(name, split, data_dir="data", max_images=0):
-    """Images (N, 3, 32, 32) uint8 and labels (N,) int64; max_images of them, 0 for all."""
+    """Images (N, 3, 32, 32) uint8 and labels (N,) int64; max_images of them, 0 for all.
+
+    Read once in a process: after a folder has changed, call load_images.cache_clear().
+    """
     if name in GLYPHS:
         characters, splits = GLYPHS[name]
         images, labels = glyphs(characters, *splits[split])
         return images[: max_images or None], labels[: max_images or None]
-    if name in TORCHVISION:
-        dataset = download(name, split, data_dir)
-    elif name.startswith("folder:"):
-        dataset = open_folder(name.removeprefix("folder:"), split)
-    else:
-        raise UserError(f"no data set {name}: {[*GLYPHS, *TORCHVISION]}, folder:DIR")
+    dataset = open_dataset(name, split, data_dir)
 
     def read(i):
         picture, label = dataset[i]
-        picture = read_picture(picture) if isinstance(picture, Path) else picture.convert("RGB")
-        return np.asarray(picture.resize((32, 32), Image.Resampling.BILINEAR)), label
+        small = picture.convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)
+        return np.asarray(small), label
 
-    # files lie class by class, so a part of them is drawn at random
+    # files lie class by class: at random, so that a part of them has all classes
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     with ThreadPoolExecutor() as pool:  # threads suffice: Pillow decodes outside of Python's lock
         pairs = list(pool.map(read, order[: max_images or None].tolist()))
@@ -532,9 +614,21 @@ def load_images(name, split, data_dir="data", max_images=0):
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), labels
 
 
-# ---- 6. Settings ---------------------------------------------------------------------------------
+# ---- 7. Settings ---------------------------------------------------------------------------------
+LOSS_SETTINGS = tuple(RANGES)  # so far
+RANGES |= {
+    "max_images": (0, 1e9),
+    "crop_min": (0.01, 1),  # of 1,024 pixels 10 are left
+    "gray_prob": (0, 1),
+    "epochs": (1, 1e6),
+    "batch_size": (2, 1e6),  # one image has no negatives
+    "lr": (0, 1e38),  # not inf or nan; the loss shows when it is too large
+    "seed": (0, 2**31 - 1),  # train_epoch's seeds fit in 64 bits
+}
+
+
 def setting(default, text, compare=True):
-    """A line of Config: its default and its help. compare=False: may change when a run goes on."""
+    """A line of Config: its default and its help. compare=False: may differ when a run goes on."""
     return field(default=default, metadata={"help": text}, compare=compare)
 
 
@@ -552,9 +646,9 @@ class Config:
     gray_prob: float = setting(0.2, "probability of a grey view")
     flip: bool = setting(False, "mirror half of the views")
 
+    temperature: float = setting(0.2, "temperature of the softmax, tau")
     margin: float = setting(0.2, "angular margin in radians; 0 is NT-Xent, the baseline")
     subtractive_margin: float = setting(0.0, "margin that is taken off the positive's cosine")
-    temperature: float = setting(0.2, "temperature of the softmax, tau")
     emphasis: float = setting(1.0, "strength, the exponent of E; 0 is off")
     deemphasis: float = setting(1.0, "strength, the exponent of D")
     attenuation: float = setting(1.0, "strength, the exponent of A")
@@ -571,23 +665,24 @@ class Config:
     out: str = setting("runs", "folder for the folders of runs", compare=False)
 
     def __post_init__(self):
-        check_loss_settings(
-            self.temperature,
-            self.margin,
-            self.subtractive_margin,
-            self.emphasis,
-            self.deemphasis,
-            self.attenuation,
-            self.positive_scale,
-        )
-        check_range("max_images", self.max_images, 0, 1e9)
-        check_range("crop_min", self.crop_min, 0.01, 1)  # of 1,024 pixels 10 are left
-        check_range("epochs", self.epochs, 1, 1e6)
-        check_range("batch_size", self.batch_size, 2, 1e6)  # one image has no negatives
-        check_range("lr", self.lr, 0, 1e38)  # not inf or nan; the loss shows when it is too large
-        check_range("seed", self.seed, 0, 2**31 - 1)  # train_epoch's seeds fit in 64 bits
-        if self.encoder not in ("small", "resnet18"):
-            raise ValueError(f"encoder must be small or resnet18, not {self.encoder}")
+        if isinstance(self.unseen, str):
+            object.__setattr__(self, "unseen", (self.unseen,))
+        for knob in fields(self):  # numpy's numbers, lists and paths could not be stored
+            value = getattr(self, knob.name)
+            plain = type(knob.default)(value)
+            if plain != value and isinstance(plain, int | float):  # a bool is an int
+                raise ValueError(f"{knob.name} must be {type(plain).__name__}, not {value!r}")
+            object.__setattr__(self, knob.name, plain)
+        check_range(**{name: getattr(self, name) for name in RANGES})
+        if self.encoder not in ENCODERS:
+            raise ValueError(f"encoder must be one of {[*ENCODERS]}, not {self.encoder}")
+        sets = (self.dataset, *self.unseen)
+        if len(set(sets)) < len(sets):
+            raise ValueError(f"a data set stands twice: {sets}")
+
+    def loss_settings(self):
+        """What margin_loss takes."""
+        return {name: getattr(self, name) for name in LOSS_SETTINGS}
 
     def name(self):
         """What a run's folder is called, but for its number; of a long path only the end."""
@@ -601,20 +696,22 @@ def file_name(text):
     return re.sub("[^A-Za-z0-9._+-]", "_", text)
 
 
+PHOTOGRAPHS = {"unseen": (), "crop_min": 0.2, "gray_prob": 0.1, "batch_size": 128, "epochs": 20}
+RESNET18 = {"temperature": 0.5, "batch_size": 512, "lr": 0.06, "epochs": 100}  # not tuned
+
+
 def preset(dataset, encoder=None):
-    """What belongs to a data set and an encoder, for Config(**preset("cifar10", "small")).
+    """What belongs to a data set and an encoder: Config(**preset("cifar10") | {"epochs": 5}).
 
     Without an encoder: resnet18 for photographs where CUDA is (a CPU is too slow), else small.
     """
-    photographs = dataset not in GLYPHS
-    default = "resnet18" if photographs and torch.cuda.is_available() else "small"
-    values = {"dataset": dataset, "encoder": encoder or default}
-    if photographs:
-        values |= {"unseen": (), "crop_min": 0.2, "gray_prob": 0.1, "batch_size": 128, "epochs": 20}
-        values["flip"] = dataset != "svhn"  # house numbers
-    if values["encoder"] == "resnet18":  # usual values for CIFAR-10, not tuned here
-        values |= {"temperature": 0.5, "batch_size": 512, "lr": 0.06, "epochs": 100}
-    return values
+    values = {"dataset": dataset, "encoder": encoder or "small"}
+    if dataset not in GLYPHS:
+        values |= PHOTOGRAPHS
+        values["flip"] = dataset != "svhn"  # a house number reads otherwise in a mirror
+        if encoder is None and torch.cuda.is_available():
+            values["encoder"] = "resnet18"
+    return values | (RESNET18 if values["encoder"] == "resnet18" else {})
 
 
 def load_data(config):
@@ -624,142 +721,19 @@ def load_data(config):
         images, labels = load_images(name, "train", config.data_dir, config.max_images)
         if config.validation:
             fifth = len(labels) // 5
+            if fifth == 0:
+                raise ValueError(f"{name}: {len(labels)} images have no fifth for validation")
             sets[name] = (images[fifth:], labels[fifth:]), (images[:fifth], labels[:fifth])
         else:
             test = load_images(name, "test", config.data_dir, config.max_images)
             sets[name] = (images, labels), test
     images, _ = sets[config.dataset][0]
     if config.batch_size > len(images):
-        raise UserError(f"batch_size {config.batch_size} is more than {len(images)} images")
+        raise ValueError(f"batch_size {config.batch_size} is more than {len(images)} images")
     return images, sets
 
 
-# ---- 7. Training ---------------------------------------------------------------------------------
-def learning_rate(progress, config):
-    """The optimizer's rate when `progress`, 0 to 1, of the training is done.
-
-    A tenth of the training linearly up to lr * batch_size / 256, then a cosine down to 0.
-    """
-    peak = config.lr * config.batch_size / 256
-    if progress < 0.1:
-        return peak * progress / 0.1
-    return peak * (1 + math.cos(math.pi * (progress - 0.1) / 0.9)) / 2
-
-
-@torch.no_grad()
-def measure(c, others, *, temperature, margin, subtractive_margin):
-    """What metrics.csv averages: {name: tensor of the shape of c}; c, others as in margin_loss.
-
-    loss: NT-Xent's. angle: theta in degrees. E, D, A: what the margin does or, where a switch is
-    off, would do; log_E, log_D (at least -5) and log_A are their logarithms. weight: 1 - p, which
-    scales an anchor's gradient in NT-Xent; weight_A: with A. pull: |dL / dtheta| * temperature,
-    NT-Xent's pull on the positive; pull_ED: with E and D.
-    """
-    u = others - c / temperature
-    E, D, log_A = gradient_factors(
-        c, u, temperature=temperature, margin=margin, subtractive_margin=subtractive_margin
-    )
-    theta = c.clamp(-1, 1).acos()  # rounding can take c out of its range
-    force = torch.sigmoid(u) * theta.sin()  # as dc = -sin(theta) dtheta
-    return {
-        "loss": F.softplus(u),
-        "angle": theta.rad2deg(),
-        "E": E,
-        "D": D,
-        "A": log_A.clamp(max=80).exp(),  # exp(89) is infinite in float32
-        "log_E": E.log(),
-        "log_D": D.log().clamp(min=-5),  # D can be 0; a pull of 1/150 is as good as none
-        "log_A": log_A,
-        "pull": force,
-        "pull_ED": force * E * D,
-        "weight": torch.sigmoid(u),
-        "weight_A": (F.logsigmoid(u) + log_A).exp(),
-    }
-
-
-def has_bfloat16(device):
-    """Whether to train in bfloat16: where a card computes in it; a T4 only emulates it, slowly."""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def train_step(network, optimizer, images, config):
-    """One step: two views of each image (N, 3, 32, 32) uint8, the loss and its gradient.
-
-    Returns what measure says of the 2N anchors.
-    """
-    device = images.device
-    views = augment(
-        images.repeat(2, 1, 1, 1) / 255,
-        crop_min=config.crop_min,
-        gray_prob=config.gray_prob,
-        flip=config.flip,
-    )
-    with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
-        _, z = network(views)
-    z1, z2 = z.chunk(2)
-    c, others = pair_terms(z1, z2, temperature=config.temperature)
-    loss = margin_loss(
-        c,
-        others,
-        temperature=config.temperature,
-        margin=config.margin,
-        subtractive_margin=config.subtractive_margin,
-        emphasis=config.emphasis,
-        deemphasis=config.deemphasis,
-        attenuation=config.attenuation,
-        positive_scale=config.positive_scale,
-    )
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return measure(
-        c,
-        others,
-        temperature=config.temperature,
-        margin=config.margin,
-        subtractive_margin=config.subtractive_margin,
-    )
-
-
-def train_epoch(network, optimizer, images, epoch, config):
-    """One pass over images (N, 3, 32, 32) uint8, on their device, in batches of random order.
-
-    network(views) is (features, embeddings); epoch counts from 0. Returns a row of metrics.csv:
-    means over steps and anchors. FloatingPointError if the loss is not finite.
-    """
-    start = time.perf_counter()
-    steps = len(images) // config.batch_size  # the images left over differ from epoch to epoch
-    # a seed for each epoch, so that a run that is resumed repeats it, and another for each
-    # config.seed, as no run has a million epochs
-    seed = config.seed * 1_000_003 + epoch
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    batches = order[: steps * config.batch_size].view(steps, config.batch_size).to(images.device)
-    torch.manual_seed(seed * 1_009)  # for the views; any seed that no other epoch has would do
-    network.train()
-    sums = {}
-    for step, batch in enumerate(batches):
-        progress = (epoch + (step + 0.5) / steps) / config.epochs  # in the middle of the step
-        optimizer.param_groups[0]["lr"] = learning_rate(progress, config)
-        measured = train_step(network, optimizer, images[batch], config)
-        # sums stay on the device: to read a number here would make the CPU wait for the GPU
-        for name, values in measured.items():
-            sums[name] = sums.get(name, 0) + values.mean() / steps
-    row = {name: total.item() for name, total in sums.items()}
-    if not math.isfinite(row["loss"]):
-        raise FloatingPointError(f"loss {row['loss']} in epoch {epoch + 1}: lower --lr")
-    rate = steps * config.batch_size / (time.perf_counter() - start)
-    return {"epoch": epoch + 1, **row, "images_per_second": rate}
-
-
 # ---- 8. Runs -------------------------------------------------------------------------------------
-def open_device(name):
-    """A torch.device on which a tensor can be made."""
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:  # which one depends on how PyTorch was built
-        raise UserError(f"there is no --device {name}: {error}")
-
-
 def new_folder(config):
     """A folder in config.out for this run alone."""
     Path(config.out).mkdir(parents=True, exist_ok=True)
@@ -772,27 +746,15 @@ def new_folder(config):
             pass
 
 
-def build(config, device):
-    """The untrained model of a seed, and its optimizer, whose rate train_epoch sets."""
+def build(config):
+    """The untrained model of a seed on its device, and its optimizer; train_epoch sets the rate."""
     torch.manual_seed(config.seed)
-    model = Model(config.encoder).to(device)
+    model = Model(config.encoder).to(config.device)
     # channels last is faster, but wrong on Apple's GPUs (PyTorch issue 175189)
-    if device.type != "mps":
+    if not config.device.startswith("mps"):
         model = model.to(memory_format=torch.channels_last)
     torch.backends.cudnn.benchmark = True  # all batches have one size: it pays to try kernels
     return model, torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
-
-
-def write_whole(path, write):
-    """Let write(path) make a file, whole or not at all: under another name, then renamed."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        write(partial)
-        partial.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save has a RuntimeError for a full disk
-        partial.unlink(missing_ok=True)
-        advice = "with room on the disk, --resume FOLDER or the same --ablate goes on"
-        raise UserError(f"{path} cannot be written; {advice} ({error})")
 
 
 def write_csv(path, rows):
@@ -805,96 +767,96 @@ def write_csv(path, rows):
 
 def save_checkpoint(folder, config, model, optimizer, history):
     """What it takes to go on, without random states, as train_epoch seeds them; and metrics.csv."""
-    state = {
-        "config": vars(config),
-        "history": history,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-    }
-    write_whole(folder / "checkpoint.pt", lambda path: torch.save(state, path))
-    write_whole(folder / "metrics.csv", lambda path: write_csv(path, history))
+    state = {"config": vars(config), "history": history}
+    state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    # renamed when it is whole: a full disk or Ctrl-C leaves the earlier one
+    torch.save(state, folder / "partial.pt")
+    (folder / "partial.pt").replace(folder / "checkpoint.pt")
+    write_csv(folder / "metrics.csv", history)
 
 
-def read_run(folder, config=None):
-    """A run's checkpoint, with its Config, its Model and, if it has finished, its results.
-
-    UserError if there is none of this version, or none of this config.
-    """
-    results = Path(folder, "results.json")
-    try:
-        state = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
-        state["config"] = Config(**state["config"])
-        weights = state["model"]
-        state["model"] = Model(state["config"].encoder).eval()
-        state["model"].load_state_dict(weights)
-        written = json.loads(results.read_text()) if results.exists() else None
-        names = ("config", "probes", "means", "versions")  # KeyError where one is missing
-        state["results"] = written and {name: written[name] for name in names}
-    # no file; not a whole one; not one of this version
-    except (OSError, pickle.PickleError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        what = "its checkpoint.pt or results.json is not this version's"
-        raise UserError(f"{folder}: {what} ({error})")
-    if config and config != state["config"]:
-        raise UserError(f"{folder} holds a run with other settings: give those, or another folder")
-    return state
+def load_checkpoint(folder):
+    """What save_checkpoint left, with its Config. Executes nothing that a file may hold."""
+    state = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
+    return state | {"config": Config(**state["config"])}
 
 
 def load_model(folder):
     """The trained Model of a run's folder, in eval mode."""
-    return read_run(folder)["model"]
+    state = load_checkpoint(folder)
+    model = Model(state["config"].encoder).eval()
+    model.load_state_dict(state["model"])
+    return model
+
+
+COLORS = {"log_E": "#D55E00", "log_D": "#0072B2", "log_A": "#009E73"}  # told apart by all eyes
 
 
 def draw_curves(history, title):
-    """A Figure of loss, angle and factors over the epochs."""
+    """A Figure of loss, angle and factors over the epochs; history: rows of metrics.csv."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     figure.suptitle(title)
-    # Okabe and Ito's colours, which the colour-blind can tell apart; the tutorial's, too
     panels = {
-        "NT-Xent": {"loss": "black"},
-        "angle of positive pairs (degrees)": {"angle": "black"},
-        "mean of the log factor": {"log_E": "#D55E00", "log_D": "#0072B2", "log_A": "#009E73"},
+        "NT-Xent": ["loss"],
+        "angle of positive pairs (degrees)": ["angle"],
+        "mean of the log factor": ["log_E", "log_D", "log_A"],
     }
     epochs = [row["epoch"] for row in history]
     for axes, label in zip(figure.subplots(1, 3), panels):
-        for name, color in panels[label].items():
+        for name in panels[label]:
+            color = COLORS.get(name, "black")
             axes.plot(epochs, [row[name] for row in history], "o-", color=color, label=name)
         axes.set(xlabel="epoch", ylabel=label)
     axes.legend()  # of the last panel, which has three curves
     return figure
 
 
-def write_results(folder, config, history, untrained, trained):
-    """curves.png and results.json. Returns what is in the latter.
+def probe(model, train, test):
+    """(linear probe, kNN): test accuracies in percent of the frozen encoder.
 
-    untrained, trained: what probe_sets gives before and after training, {} for what is not known.
+    train, test: images (N, 3, 32, 32) uint8 and labels (N,) int64. FloatingPointError if the
+    features are not finite.
+    """
+    h_train = extract_features(model, train[0])
+    h_test = extract_features(model, test[0])
+    if not (h_train.isfinite().all() and h_test.isfinite().all()):
+        raise FloatingPointError("the features are not finite: lower --lr")
+    data = (h_train, train[1].to(h_train.device), h_test, test[1].to(h_test.device))
+    return linear_probe(*data), knn(*data)
+
+
+MEANS = ["loss", "angle", "E", "D", "A", "log_E", "log_D", "log_A"]  # over epochs, in results.json
+
+
+def write_results(folder, config, history, untrained, trained):
+    """curves.png and results.json, of which the content is returned.
+
+    untrained, trained: {name of the data set: what probe gives}, before and after training.
     """
     probes = []
     for name, (linear, neighbours) in trained.items():
-        row = {"dataset": name, "role": "unseen" if probes else "seen"}
+        row = {"dataset": name, "role": "seen" if name == config.dataset else "unseen"}
         row["random_linear"], row["random_knn"] = untrained.get(name, (None, None))
         probes.append(row | {"linear": linear, "knn": neighbours})
     results = {
         "config": vars(config),
         "probes": probes,
-        "means": {name: sum(row[name] for row in history) / len(history) for name in history[0]},
+        "means": {name: sum(row[name] for row in history) / len(history) for name in MEANS},
         "folder": str(folder),
         "versions": {"torch": torch.__version__, "matplotlib": matplotlib.__version__},
     }
-    figure = draw_curves(history, folder.name)
-    text = json.dumps(results, indent=2, allow_nan=False)  # NaN is not JSON to other readers
-    write_whole(folder / "curves.png", lambda path: figure.savefig(path, format="png", dpi=150))
-    write_whole(folder / "results.json", lambda path: path.write_text(text))
+    draw_curves(history, folder.name).savefig(folder / "curves.png", dpi=150)
+    (folder / "results.json").write_text(json.dumps(results, indent=2))
     return results
-
-
-def probe_sets(model, sets):
-    """{name of the data set: (linear probe, kNN)}, the seen set first."""
-    return {name: probe(model, train, test) for name, (train, test) in sets.items()}
 
 
 EPOCH_LINE = (
     "epoch {epoch}  NT-Xent {loss:.3f}  angle {angle:.1f} deg  E {E:.3f}  D {D:.3f}  A {A:.3f}  "
     "{images_per_second:,.0f} images/s"
+)
+PROBE_LINE = (
+    "{dataset} ({role}): linear probe {linear:.1f}% (untrained {random_linear:.1f}%), "
+    "kNN {knn:.1f}% ({random_knn:.1f}%)"
 )
 
 
@@ -902,42 +864,47 @@ def run(config, on_epoch=None, *, folder=None, untrained=True, verbose=True):
     """Train and probe once. Returns what results.json holds.
 
     on_epoch(row, model) gets each epoch's row of metrics.csv. folder: where to begin or to go on,
-    else a new one. untrained: probe the encoder before its first step, too. verbose: print.
+    else a new one. untrained: probe the encoder before its first step as well, and print both.
+    verbose: print.
     """
     say = print if verbose else lambda text: None
     earlier = None
     if folder and Path(folder, "checkpoint.pt").exists():
-        earlier = read_run(folder, config)
-        if earlier["results"]:
-            say(f"{folder} has finished")
-            return earlier["results"] | {"folder": str(folder)}  # it may have been moved
-    device = open_device(config.device)
+        earlier = load_checkpoint(folder)
+        if earlier["config"] != config:
+            raise ValueError(f"{folder} holds a run with other settings")
+        if Path(folder, "results.json").exists():
+            say(f"{folder} has finished: see its results.json")
+            results = json.loads(Path(folder, "results.json").read_text())
+            return results | {"folder": str(folder)}  # it may have been moved
     images, sets = load_data(config)
+    model, optimizer = build(config)
     folder = Path(folder or new_folder(config))
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = "bfloat16" if has_bfloat16(device) else "float32"
-    say(f"{folder}: {len(images):,} images, {config.encoder} encoder, {device}, {dtype}")
-    model, optimizer = build(config, device)
-    before = probe_sets(model, sets) if untrained else {}  # before what was learned is restored
+    _, labels = sets[config.dataset][0]
+    what = f"{len(images):,} images of {len(labels.unique())} classes"
+    say(f"{folder}: {what}, {config.encoder} encoder, {config.device}")
+    before = {}
+    if untrained:
+        before = {name: probe(model, *data) for name, data in sets.items()}
     history = []
     if earlier:
-        model.load_state_dict(earlier["model"].state_dict())
+        model.load_state_dict(earlier["model"])
         optimizer.load_state_dict(earlier["optimizer"])
         history = earlier["history"]
-    images = images.to(device)
-    try:
-        for epoch in range(len(history), config.epochs):
-            row = train_epoch(model, optimizer, images, epoch, config)
-            history.append(row)
-            save_checkpoint(folder, config, model, optimizer, history)
-            say(EPOCH_LINE.format(**row))
-            if on_epoch:
-                on_epoch(row, model)
-        return write_results(folder, config, history, before, probe_sets(model, sets))
-    except KeyboardInterrupt:
-        if history:
-            say(f"\nstopped. To go on: python margin_contrastive.py --resume {folder}")
-        raise
+    images = images.to(config.device)
+    for epoch in range(len(history), config.epochs):
+        row = train_epoch(model, optimizer, images, epoch, config)
+        history.append(row)
+        save_checkpoint(folder, config, model, optimizer, history)
+        say(EPOCH_LINE.format(**row))
+        if on_epoch:
+            on_epoch(row, model)
+    after = {name: probe(model, *data) for name, data in sets.items()}
+    results = write_results(folder, config, history, before, after)
+    if untrained:
+        say("\n".join(PROBE_LINE.format(**row) for row in results["probes"]))
+    return results
 
 
 # ---- 9. Ablation ---------------------------------------------------------------------------------
@@ -953,58 +920,40 @@ SWITCHES = {
     "D+A": ON | {"emphasis": 0.0},
     "E+D+A": ON,
 }
-
-
-def matched_controls(rows, config):
-    """Two controls, NT-Xent with a constant in the place of E * D or A.
-
-    From ablate's rows of E+D+A: positive_scale is the sum of all pulls with E * D over the sum
-    without; the factor on lr likewise, of the weights with A and without. {} if these diverged.
-    (lr scales weight decay, too, which A does not.)
-    """
-    full = [row for row in rows if row["setting"] == "E+D+A" and not math.isnan(row["pull"])]
-    if not full:
-        return {}
-    pull = sum(row["pull_ED"] for row in full) / sum(row["pull"] for row in full)
-    rate = sum(row["weight_A"] for row in full) / sum(row["weight"] for row in full)
-    pull, rate = (float(f"{value:.3g}") for value in (pull, rate))  # as in the settings' names
-    return {
-        f"pull x {pull}": OFF | {"positive_scale": pull},
-        f"lr x {rate}": OFF | {"lr": rate * config.lr},
-    }
+# what --ablate runs: the switches, and a smaller pull that knows no angle
+ABLATION = SWITCHES | {"pull x 0.5": OFF | {"positive_scale": 0.5}}
+ACCURACIES = ["seen_linear", "seen_knn", "unseen_linear", "unseen_knn"]
 
 
 def ablation_run(job):
-    """(setting, Config, folder) -> a row of ablate; its two first columns only if it diverges."""
-    setting, config, folder = job
+    """(name, Config, folder) -> a row of ablate, which is nan where the run diverged."""
+    name, config, folder = job
     torch.set_num_threads(1)  # on a CPU there are as many workers as cores
-    row = {"setting": setting, "seed": config.seed}
+    row = {"setting": name, "seed": config.seed} | dict.fromkeys(ACCURACIES + MEANS, math.nan)
     try:
         results = run(config, folder=folder, untrained=False, verbose=False)
     except FloatingPointError:
         return row
-    for role, kind in itertools.product(("seen", "unseen"), ("linear", "knn")):
+    for column in ACCURACIES:
+        role, kind = column.split("_")
         values = [probed[kind] for probed in results["probes"] if probed["role"] == role]
-        # no unseen set, or one of a single class
-        unknown = not values or None in values
-        row[f"{role}_{kind}"] = math.nan if unknown else sum(values) / len(values)
+        row[column] = sum(values) / len(values) if values else math.nan  # no unseen set
     return row | results["means"]
 
 
 def in_workers(function, jobs, count):
-    """Yield function(job) of each job, by `count` processes. UserError if one dies."""
-    pool = ProcessPoolExecutor(
-        max_workers=min(count, len(jobs), 61),  # Windows waits for no more than 61
-        mp_context=multiprocessing.get_context("spawn"),  # a fork may hang after CUDA or threads
+    """Yield function(job) of each job, by `count` processes. RuntimeError if one dies."""
+    with ProcessPoolExecutor(
+        count,
+        multiprocessing.get_context("spawn"),  # a fork may hang after CUDA or threads
         # Ctrl-C reaches all processes: the workers ignore it, and this one ends them
         initializer=signal.signal,
         initargs=(signal.SIGINT, signal.SIG_IGN),
-    )
-    with pool:
+    ) as pool:
         try:
             yield from pool.map(function, jobs)
         except BrokenExecutor:
-            raise UserError(
+            raise RuntimeError(
                 'a worker has ended: a script needs `if __name__ == "__main__":` around ablate, a '
                 "notebook imports this file instead of pasting it; or else memory has run out"
             )
@@ -1018,66 +967,63 @@ def ablate(settings, seeds, config, folder, say=print):
     """Train with all settings, {name: overrides of config}, and seeds; a seed's runs share weights,
     batches and views. Goes on where it stopped.
 
-    Returns a dict for each run, as in folder/runs.csv; nan where it diverged. A script that calls
-    this needs `if __name__ == "__main__":`, as each worker imports it.
+    Returns a dict for each run, seed by seed, as in folder/runs.csv; nan where it diverged.
+    ValueError if two names make one folder. A script that calls this needs
+    `if __name__ == "__main__":`, as each worker imports it.
     """
-    load_data(config)  # so that the workers do not download side by side
     jobs = []
     for seed, name in itertools.product(seeds, settings):
-        job = replace(config, **settings[name], seed=seed)
-        jobs.append((name, job, Path(folder, file_name(f"{name}-seed{seed}"))))
-    finished = sum((job_folder / "results.json").exists() for _, _, job_folder in jobs)
+        run_config = replace(config, **settings[name], seed=seed)
+        jobs.append((name, run_config, Path(folder, file_name(f"{name}-seed{seed}"))))
+    folders = {run_folder for _, _, run_folder in jobs}
+    if len(folders) < len(jobs):
+        raise ValueError(f"two of these would share a folder: {[*settings]}")
+    load_data(config)  # so that the workers do not download side by side
+    finished = sum((run_folder / "results.json").exists() for run_folder in folders)
     say(f"{len(jobs)} runs in {folder}, {finished} finished")
     rows = []
     workers = torch.get_num_threads() if config.device == "cpu" else 1
     for row in in_workers(ablation_run, jobs, workers):
         rows.append(row)
         say(f"{len(rows)}/{len(jobs)}  {row['setting']}, seed {row['seed']}")
-    whole_rows = [row for row in rows if "loss" in row]
-    if not whole_rows:
-        raise UserError("all runs diverged: lower --lr")
-    rows = [dict.fromkeys(whole_rows[0], math.nan) | row for row in rows]
-    write_whole(Path(folder, "runs.csv"), lambda path: write_csv(path, rows))
+    write_csv(Path(folder, "runs.csv"), rows)
     return rows
 
 
-def by_setting(rows, column):
-    """{setting: (a column of ablate's rows by seed, its differences to the first setting's)}."""
-    values = {}
-    for row in rows:
-        values.setdefault(row["setting"], []).append(row[column])
-    values = {setting: torch.tensor(x) for setting, x in values.items()}
-    baseline = values[rows[0]["setting"]]
-    return {setting: (x, x - baseline) for setting, x in values.items()}
+def matrix(rows, column):
+    """A column of ablate's rows as a tensor (seeds, settings)."""
+    settings = len({row["setting"] for row in rows})
+    return torch.tensor([row[column] for row in rows]).view(-1, settings)
 
 
 def print_table(rows):
     """Print ablate's linear probes in percent, with differences to line 1 paired by seed."""
     print("setting          seen    difference  unseen    difference  failed  log E  log D  log A")
-    seen = by_setting(rows, "seen_linear")
-    baseline, _ = seen[rows[0]["setting"]]
-    for setting, (accuracies, _) in seen.items():
-        line = f"{setting:15}"
+    seen = matrix(rows, "seen_linear")
+    failed = seen.isnan() | (seen <= seen[:, 0].nanmean() - 10)
+    for i, row in enumerate(rows[: seen.shape[1]]):  # the first seed's
+        line = f"{row['setting']:15}"
         for column in ("seen_linear", "unseen_linear"):
-            x, gain = by_setting(rows, column)[setting]
+            values = matrix(rows, column)
+            gain = values[:, i] - values[:, 0]
             error = gain.std() / len(gain) ** 0.5 if len(gain) > 1 else math.nan
-            line += f"{x.mean():6.1f} {gain.mean():+7.1f} +- {error:3.1f}"
-        succeeded = accuracies > baseline.nanmean() - 10  # diverged is nan, which is not above
-        line += f"{len(accuracies) - succeeded.sum():8}"
+            line += f"{values[:, i].mean():6.1f} {gain.mean():+7.1f} +- {error:3.1f}"
+        line += f"{failed[:, i].sum():8}"
         for column in ("log_E", "log_D", "log_A"):
-            x, _ = by_setting(rows, column)[setting]
-            line += f"{x.mean():7.3f}"
+            line += f"{matrix(rows, column)[:, i].mean():7.3f}"
         print(line)
-    print(f"{len(baseline)} seeds, +- standard error; failed: diverged, or 10 points below line 1")
+    print(f"{len(seen)} seeds, +- standard error; failed: diverged, or 10 points below line 1")
+    print("log E, D, A: what the margin does or, where a factor is off, would do")
 
 
 def draw_ablation(rows):
     """A Figure of print_table's differences: a dot for a seed, a bar for the mean."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     for axes, role in zip(figure.subplots(1, 2, sharey=True), ("seen", "unseen")):
-        for setting, (_, gain) in by_setting(rows, f"{role}_linear").items():
-            axes.plot(gain, [setting] * len(gain), "ko", alpha=0.4)
-            axes.plot(gain.mean(), setting, "k|", markersize=18)
+        values = matrix(rows, f"{role}_linear")
+        for row, gain in zip(rows, (values - values[:, :1]).T):  # the first seed's rows
+            axes.plot(gain, [row["setting"]] * len(gain), "ko", alpha=0.4)
+            axes.plot(gain.mean(), row["setting"], "k|", markersize=18)
         axes.axvline(0, color="grey")
         axes.set(xlabel=f"linear probe, {role}: points above {rows[0]['setting']}")
     axes.invert_yaxis()  # the first setting on top; both panels share the axis
@@ -1102,70 +1048,49 @@ def make_parser():
         if knob.name in ("emphasis", "deemphasis", "attenuation"):
             off = {"dest": knob.name, "action": "store_const", "const": 0.0}
             parser.add_argument(f"--no-{knob.name}", **off)
-    parser.add_argument("--ablate", action="store_true", help="all switches, and two controls")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--ablate", action="store_true", help="all switches, and a weaker pull")
+    way.add_argument("--resume", metavar="FOLDER", help="go on with a stopped run")
     parser.add_argument("--seeds", type=int, help="seeds of --ablate (3)")
-    parser.add_argument("--resume", metavar="FOLDER", help="go on with a stopped run")
     return parser
 
 
-def make_config(given, folder):
-    """The Config of the flags that were given, or of the run in a folder that is to go on."""
-    if "unseen" in given:
-        given["unseen"] = tuple(given["unseen"])  # to compare equal with a checkpoint's
-    try:
-        if folder:
-            return replace(read_run(folder)["config"], **given)
-        return Config(**preset(given.get("dataset", "glyphs"), given.get("encoder")) | given)
-    except ValueError as error:
-        raise UserError(error)
-
-
-def accuracy_line(row):
-    """What main prints of a row of results.json's probes."""
-    line = f"{row['dataset']} ({row['role']}): "
-    if row["linear"] is None:
-        return line + "one class leaves nothing to probe"
-    if row["random_linear"] is None:  # an ablation's run, resumed
-        return line + f"linear probe {row['linear']:.1f}%, kNN {row['knn']:.1f}%"
-    return line + (
-        f"linear probe {row['linear']:.1f}% (untrained {row['random_linear']:.1f}%), "
-        f"kNN {row['knn']:.1f}% ({row['random_knn']:.1f}%)"
-    )
+# what a user can cause; AssertionError: a PyTorch without CUDA; PickleError: a foreign checkpoint
+USER_ERRORS = (ValueError, ArithmeticError, RuntimeError, OSError, ImportError)
+USER_ERRORS += (AssertionError, pickle.PickleError)
 
 
 def main(argv=None):
-    """The command line: what a user can mend is told in one line, with exit status 2."""
+    """The command line. An error is told by its first line, with exit status 2."""
     parser = make_parser()
     given = vars(parser.parse_args(argv))
     ablation = given.pop("ablate", False)
-    seeds = given.pop("seeds", None)
     folder = given.pop("resume", None)
-    if folder and ablation:
-        parser.error("--resume goes without --ablate, which goes on by itself")
-    if seeds is not None and (not ablation or seeds < 1):
-        parser.error("--seeds goes with --ablate and is at least 1")
+    seeds = given.pop("seeds", 3)
     try:
-        config = make_config(given, folder)
+        if folder:
+            config = replace(load_checkpoint(folder)["config"], **given)
+        else:
+            config = Config(**preset(given.get("dataset", "glyphs"), given.get("encoder")) | given)
         if not ablation:
-            for row in run(config, folder=folder)["probes"]:
-                print(accuracy_line(row))
+            run(config, folder=folder)
             return
         folder = Path(config.out, f"ablation-{config.name()}")
-        seeds = range(config.seed, config.seed + (seeds or 3))
-        rows = ablate(SWITCHES, seeds, config, folder)
-        # the controls are matched to these rows; what has finished is read, not made again
-        rows = ablate(SWITCHES | matched_controls(rows, config), seeds, config, folder)
+        rows = ablate(ABLATION, range(config.seed, config.seed + seeds), config, folder)
         draw_ablation(rows).savefig(folder / "figure.png", dpi=150)
         print_table(rows)
-    except torch.OutOfMemoryError:
-        parser.exit(2, f"{parser.prog}: the GPU's memory is full: lower --batch-size\n")
-    except (UserError, FloatingPointError, OSError, ImportError) as error:
-        line, *_ = str(error).split("\n")  # PyTorch's can have many
+    except USER_ERRORS as error:
+        line, _, _ = str(error).partition("\n")  # PyTorch's can have many
         parser.exit(2, f"{parser.prog}: {line}\n")
     except KeyboardInterrupt:
-        # 130: as the shell counts it; run says itself how to go on
-        parser.exit(130, "\nstopped; the same command goes on\n" if ablation else "")
+        # 130: as the shell counts it
+        parser.exit(
+            130, "\nstopped. The same --ablate goes on, a run with --resume and its folder\n"
+        )
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, workers, too
+    # each line at once, also into a file; what a console cannot show is escaped, and ends no run
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     main()
