@@ -8,8 +8,8 @@ are three exact factors on the gradient of NT-Xent, SimCLR's loss, each with a s
 
     E  emphasis, at least 1     pulls near pairs harder                          --no-emphasis
     D  de-emphasis, at most 1   pulls wide pairs more softly                     --no-deemphasis
-    A  attenuation, at least 1  keeps the gradient of a good pair from dying:    --no-attenuation
-                                it attenuates how fast the gradient diminishes
+    A  attenuation, at least 1  keeps the gradient of a good pair from dying     --no-attenuation
+                                (it attenuates the gradient's diminishing)
 
 All three on is the gradient of the margin loss, all three off that of NT-Xent. Near means closer
 than (pi - m) / 2, which is 84 degrees for the usual m = 0.2.
@@ -17,7 +17,7 @@ than (pi - m) / 2, which is 84 degrees for the usual m = 0.2.
     python margin_contrastive.py --margin 0.2 --no-attenuation   train on letters, then probe
     python margin_contrastive.py --ablate                        all switches, and a weaker pull
 
-Sections 1 to 5 are the lesson: loss, views, encoder, training, probes. The rest is data, settings,
+Sections 1 to 5 are the lesson: loss, views, encoder, training, probes. Then come data, settings,
 runs, ablation and command line.
 """
 
@@ -49,8 +49,8 @@ from torch import nn
 
 # ---- 1. Loss -------------------------------------------------------------------------------------
 # For one anchor: c = cos(theta) with its positive, others = logsumexp of cos(theta_k) / tau over
-# its negatives k, and u = others - c / tau. The positive's softmax probability is p = sigmoid(-u).
-# With d() for a small change:
+# its negatives k, and u = others - c / tau. The positive's softmax probability is
+# p = exp(c / tau) / (exp(c / tau) + exp(others)) = sigmoid(-u). With d() for a small change:
 #   NT-Xent    L = -log p = softplus(u),  dL = sigmoid(u) * (d(others) - dc / tau)
 #   Margin m   cos(theta + m) in place of c adds delta = (c - cos(theta + m)) / tau to u, and
 #              d(cos(theta + m)) = g * dc with g = sin(theta + m) / sin(theta), so that
@@ -58,9 +58,10 @@ from torch import nn
 #   Factors    g = E * D, with E = max(g, 1), D = min(g, 1);  A = sigmoid(u + delta) / sigmoid(u)
 #              dL = sigmoid(u) * A * (d(others) - E * D * dc / tau)
 # E and D act on the positive, A on all that the anchor does, its push on the negatives included.
-# E grows without bound as theta nears 0, but the pull on the angle does not: as dc is
-# -sin(theta) d(theta), it has E * sin(theta) = sin(theta + m) in place of sin(theta).
-# Past theta = pi - m the shifted angle stays at pi: its cosine is -1, and g and D are 0.
+# g is above 1, so that E acts, while theta < (pi - m) / 2; beyond, D acts. Past theta = pi - m the
+# shifted angle stays at pi: its cosine is -1, and g and D are 0. As theta nears 0, E grows without
+# bound, but the pull on theta does not: dc = -sin(theta) d(theta), and E * sin(theta) is
+# sin(theta + m).
 
 
 def pair_terms(z1, z2, *, temperature):
@@ -135,13 +136,13 @@ def margin_loss(
 ):
     """NT-Xent with its gradient scaled as a margin scales it, each of the three effects apart.
 
-    c, others: of one shape, as defined above, wherever they come from (a batch, a queue); others is
-    -inf for an anchor without negatives, which has loss and gradient 0. margin is an angle in
-    radians, subtractive_margin a cosine. emphasis, deemphasis and attenuation are strengths, the
-    exponents of E, D and A: 1 as in the margin, 0 off. positive_scale is a constant on the pull of
-    every positive, to compare E and D with. Returns a scalar with NT-Xent's *value*, which compares
-    across settings; the margin is in its first-order gradient alone. ValueError for unlike shapes,
-    a setting out of range, or a tensor as a setting: to learn a temperature, scale the cosines.
+    c, others: of one shape, as defined above, wherever they come from (a batch, a queue); an anchor
+    with others -inf, no negatives, has loss and gradient 0. margin is an angle in radians,
+    subtractive_margin a cosine. emphasis, deemphasis and attenuation are strengths, the exponents
+    of E, D and A: 1 as in the margin, 0 off. positive_scale, a constant on the pull of every
+    positive, is there to compare E and D with. Returns a scalar with NT-Xent's *value*, which
+    compares across settings; the margin is in its first-order gradient alone. ValueError for unlike
+    shapes, a setting out of range or a tensor as a setting: of a learned temperature use .item().
     """
     if c.shape != others.shape:
         raise ValueError(f"c and others differ: {tuple(c.shape)}, {tuple(others.shape)}")
@@ -150,15 +151,15 @@ def margin_loss(
     check_range(positive_scale=positive_scale)
     # float32 at least: half precision is too coarse for what is exponentiated
     c = c.to(torch.promote_types(c.dtype, torch.float32))
-    # a very negative number for -inf, of which A, a difference of logarithms, would be nan
+    # a very negative number in place of -inf, of which log A, a difference, would be nan
     others = others.to(c.dtype).clamp(min=-1e30)
     u = others - c / temperature
     E, D, log_A = gradient_factors(
         c, u, temperature=temperature, margin=margin, subtractive_margin=subtractive_margin
     )
     pull = positive_scale * E**emphasis * D**deemphasis
-    # sigmoid(u) * A**attenuation, by logarithms. It is at most 1 for attenuation <= 1; beyond, the
-    # limit of exp(20) lies far above any use and far below what overflows
+    # sigmoid(u) * A**attenuation, by logarithms: sigmoid(u)**(1 - a) * sigmoid(u + delta)**a, which
+    # is at most 1 for a <= 1; beyond, exp(20) is far above any use and far below what overflows
     weight = (F.logsigmoid(u) + attenuation * log_A).clamp(max=20).exp().detach()
     # weight and pull are constants here, so the gradient of this is the derivation's last line
     scaled = (weight * (others - pull * c / temperature)).mean()
@@ -168,10 +169,7 @@ def margin_loss(
 
 
 def margin_contrastive_loss(z1, z2, *, temperature=0.2, margin=0.2, **settings):
-    """margin_loss of SimCLR's pairs: z1, z2 as in pair_terms, settings as in margin_loss.
-
-    For a training loop of your own; train_step needs c and others themselves, to measure them.
-    """
+    """margin_loss of SimCLR's pairs, for a loop of your own: z1, z2 as in pair_terms."""
     c, others = pair_terms(z1, z2, temperature=temperature)
     return margin_loss(c, others, temperature=temperature, margin=margin, **settings)
 
@@ -183,14 +181,13 @@ def sample_points(start, length, size):
     start, length: of the crop, (N, 1, 1) in pixels; size: of the side, in pixels. Returns
     (N, 1, size) in grid_sample's unit, in which -1 and 1 are the two edges of the image.
     """
-    # The crop in `size` equal parts: where each has its centre, in pixels from the first pixel of
-    # the crop. (Pixel i reaches from i to i + 1 and has its centre at i + 1/2: hence the halves.)
+    # The crop in `size` equal parts, and the pixel of the crop at the centre of each, the first one
+    # being 0. (Pixel i lies from i to i + 1, its centre at i + 1/2: hence - 0.5, and + 1 below.)
     place = (torch.arange(size, device=start.device) + 0.5) / size * length - 0.5
     # Nothing outside of the crop is read; nor outside of the image, so that grid_sample needs no
     # padding_mode="border", which Apple's GPUs do not have (PyTorch issue 125098).
     place = torch.minimum(place.clamp(min=0), length - 1)
-    # from 0 ... size to -1 ... 1
-    return (2 * (start + place) + 1) / size - 1
+    return (2 * (start + place) + 1) / size - 1  # edges 0 and size become -1 and 1
 
 
 def crop_and_flip(images, *, top, left, height, width, flip):
@@ -224,15 +221,15 @@ def jitter_colors(images, *, brightness, contrast, saturation, hue, to_grey):
     identity = torch.eye(3, device=images.device)
     # Rodrigues' rotation about the grey axis k = (1, 1, 1) / 3**0.5: cos I + sin K + (1 - cos) k k'
     angle = 2 * math.pi * hue
-    # K = [[0, -1, 1], [1, 0, -1], [-1, 1, 0]] / 3**0.5, as K v is k x v
-    cross_product = (identity.roll(1, 0) - identity.roll(-1, 0)) / 3**0.5
-    hue_rotation = angle.cos() * identity + angle.sin() * cross_product + (1 - angle.cos()) / 3
+    rows = [[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]
+    K = torch.tensor(rows, device=images.device) / 3**0.5  # K v is k x v
+    hue_rotation = angle.cos() * identity + angle.sin() * K + (1 - angle.cos()) / 3
 
-    # colors: (N, 3, 3), to be multiplied with each pixel (red, green, blue). Its rows make the new
-    # red, green and blue; so grey(colors), a mean of the rows, makes the new pixel's grey
+    # a pixel (red, green, blue) becomes colors @ pixel + offset; colors: (N, 3, 3). Its rows make
+    # the new red, green and blue, so grey(colors) @ pixel is the new pixel's grey
     colors = brightness * contrast * identity
-    # contrast moves colours away from the image's mean grey, an offset that stays as it is: no step
-    # below changes a grey
+    # contrast moves colours away from the image's mean grey. This offset is a grey itself, and so
+    # saturation, hue and to_grey leave it as it is
     offset = brightness * (1 - contrast) * grey(images.mean((2, 3)))[:, :, None]
     colors = saturation * colors + (1 - saturation) * grey(colors)
     colors = hue_rotation @ colors
@@ -367,7 +364,7 @@ def measure(c, others, config):
         "D": D,
         "A": log_A.clamp(max=80).exp(),  # exp(89) is infinite in float32
         "log_E": E.log(),
-        "log_D": D.log().clamp(min=-5),  # D can be 0; a pull of 1/150 is as good as none
+        "log_D": D.log().clamp(min=-5),  # D can be 0; exp(-5) is as good as that
         "log_A": log_A,
     }
 
@@ -404,12 +401,12 @@ def train_epoch(model, optimizer, images, epoch, config):
     """
     start = time.perf_counter()
     steps = len(images) // config.batch_size  # the images left over differ from epoch to epoch
-    # a seed for each epoch, so that a run that is resumed repeats it, and others for each
-    # config.seed, as no run has a million epochs
+    # a seed for each epoch, so that a run that is resumed repeats it; two values of config.seed
+    # share none, as no run has a million epochs
     seed = config.seed * 1_000_003 + epoch
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     batches = order[: steps * config.batch_size].view(steps, config.batch_size).to(images.device)
-    torch.manual_seed(seed * 1_009)  # for the views: another than the order's, where it is not 0
+    torch.manual_seed(seed * 1_009)  # for the views, another than for the order
     model.train()
     sums = {}
     for step, batch in enumerate(batches):
@@ -442,7 +439,7 @@ def check_labels(h, y):
 
 
 def linear_probe(h_train, y_train, h_test, y_test):
-    """Test accuracy in percent of logistic regression on standardised features.
+    """Test accuracy in percent of penalised logistic regression on standardised features.
 
     h_train, h_test: (N, F) float; y_train, y_test: (N,) int64. ValueError for other labels' shapes.
     """
@@ -462,8 +459,7 @@ def linear_probe(h_train, y_train, h_test, y_test):
     def closure():
         optimizer.zero_grad()
         cross_entropy = F.cross_entropy(x_train @ coefficients + biases, y_train)
-        # separable classes have no finite optimum without a penalty; this one is weak, and the
-        # same for all that is compared
+        # without a penalty, separable classes have no finite optimum; this one is weak
         loss = cross_entropy + 0.005 * coefficients.square().sum()
         loss.backward()
         return loss
@@ -509,8 +505,7 @@ def draw_stencils(characters):
     """Each character in each font, white on black: (fonts, characters, 1, 48, 48) in [0, 1]."""
     stencils = torch.zeros(len(FONTS), len(characters), 1, 48, 48)
     for i, name in enumerate(FONTS):
-        path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf")
-        font = ImageFont.truetype(str(path), 32)
+        font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{name}.ttf", 32)
         for j, character in enumerate(characters):
             drawing = Image.new("L", (48, 48))
             ImageDraw.Draw(drawing).text((24, 24), character, fill=255, font=font, anchor="mm")
@@ -533,8 +528,7 @@ def glyphs(characters, count, seed):
     stencils = draw_stencils(characters)[font, labels]
     # the share of the stencil's side that the image shows: 32 of 48 pixels leave a character the
     # size of 32 with which it was drawn, more pixels make it smaller
-    size = uniform(22, 32, 1, 1)
-    zoom = 32 / 48 * 32 / size
+    zoom = 32 / 48 * 32 / uniform(22, 32, 1, 1)
     angle = uniform(-15, 15).deg2rad()
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1)
     shift = uniform(-0.12, 0.12, 2, 1)  # up to 3 of the stencil's pixels
@@ -563,42 +557,36 @@ def read_picture(path):
     return Image.alpha_composite(white, picture).convert("RGB")
 
 
-def open_dataset(name, split, data_dir):
-    """A torchvision set, of which dataset[i] is (PIL image, label).
+# the runs of a process share the tensors: do not write into them
+@functools.cache
+def load_images(name, split, data_dir="data", max_images=0):
+    """Images (N, 3, 32, 32) uint8 and labels (N,) int64; max_images of them, 0 for all.
 
-    folder:DIR has its pictures in DIR/train/CLASS and DIR/test/CLASS, with the same classes.
+    folder:DIR is read from DIR/train/CLASS and DIR/test/CLASS, once in a process: after it has
+    changed, call load_images.cache_clear().
     """
+    if name in GLYPHS:
+        characters, splits = GLYPHS[name]
+        images, labels = glyphs(characters, *splits[split])
+        return images[: max_images or None], labels[: max_images or None]
     from torchvision import datasets
 
     if name.startswith("folder:"):
         folder = Path(name.removeprefix("folder:")).expanduser()
         train = datasets.ImageFolder(folder / "train", loader=read_picture)
         test = datasets.ImageFolder(folder / "test", loader=read_picture)
-        odd = sorted(set(train.classes) ^ set(test.classes))
-        if odd:
+        if train.classes != test.classes:
+            odd = sorted(set(train.classes) ^ set(test.classes))
             raise ValueError(f"{folder}: train and test do not share the classes {odd}")
-        return train if split == "train" else test
-    if name not in TORCHVISION:
+        dataset = train if split == "train" else test
+    elif name in TORCHVISION:
+        part = {"split": split} if name in ("svhn", "stl10") else {"train": split == "train"}
+        try:
+            dataset = getattr(datasets, TORCHVISION[name])(data_dir, download=True, **part)
+        except (OSError, RuntimeError) as error:
+            raise OSError(f"{name} could not be downloaded into {data_dir}: {error}")
+    else:
         raise ValueError(f"no data set {name}: {[*GLYPHS, *TORCHVISION]}, folder:DIR")
-    part = {"split": split} if name in ("svhn", "stl10") else {"train": split == "train"}
-    try:
-        return getattr(datasets, TORCHVISION[name])(data_dir, download=True, **part)
-    except (OSError, RuntimeError) as error:
-        raise OSError(f"{name} could not be downloaded into {data_dir}: {error}")
-
-
-# the runs of a process share the tensors: do not write into them
-@functools.cache
-def load_images(name, split, data_dir="data", max_images=0):
-    """Images (N, 3, 32, 32) uint8 and labels (N,) int64; max_images of them, 0 for all.
-
-    Read once in a process: after a folder has changed, call load_images.cache_clear().
-    """
-    if name in GLYPHS:
-        characters, splits = GLYPHS[name]
-        images, labels = glyphs(characters, *splits[split])
-        return images[: max_images or None], labels[: max_images or None]
-    dataset = open_dataset(name, split, data_dir)
 
     def read(i):
         picture, label = dataset[i]
@@ -608,14 +596,13 @@ def load_images(name, split, data_dir="data", max_images=0):
     # files lie class by class: at random, so that a part of them has all classes
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     with ThreadPoolExecutor() as pool:  # threads suffice: Pillow decodes outside of Python's lock
-        pairs = list(pool.map(read, order[: max_images or None].tolist()))
-    pictures = np.stack([picture for picture, _ in pairs])
-    labels = torch.tensor([label for _, label in pairs])
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), labels
+        pictures, labels = zip(*pool.map(read, order[: max_images or None].tolist()))
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+    return images, torch.tensor(labels)
 
 
 # ---- 7. Settings ---------------------------------------------------------------------------------
-LOSS_SETTINGS = tuple(RANGES)  # so far
+LOSS_SETTINGS = tuple(RANGES)  # which up to here has margin_loss's; now come the others
 RANGES |= {
     "max_images": (0, 1e9),
     "crop_min": (0.01, 1),  # of 1,024 pixels 10 are left
@@ -667,7 +654,8 @@ class Config:
     def __post_init__(self):
         if isinstance(self.unseen, str):
             object.__setattr__(self, "unseen", (self.unseen,))
-        for knob in fields(self):  # numpy's numbers, lists and paths could not be stored
+        # each becomes of its default's type: numpy's numbers, lists and paths could not be stored
+        for knob in fields(self):
             value = getattr(self, knob.name)
             plain = type(knob.default)(value)
             if plain != value and isinstance(plain, int | float):  # a bool is an int
@@ -685,19 +673,17 @@ class Config:
         return {name: getattr(self, name) for name in LOSS_SETTINGS}
 
     def name(self):
-        """What a run's folder is called, but for its number; of a long path only the end."""
-        switches = f"E{self.emphasis:g}D{self.deemphasis:g}A{self.attenuation:g}"
-        loss = f"tau{self.temperature:g}-margin{self.margin:g}-{switches}"
-        return file_name(f"{self.dataset[-40:]}-batch{self.batch_size}-{loss}-seed{self.seed}")
+        """How a run's folder begins; of a long path only the end."""
+        return file_name(
+            f"{self.dataset[-40:]}-batch{self.batch_size}-tau{self.temperature:g}"
+            f"-margin{self.margin:g}-E{self.emphasis:g}D{self.deemphasis:g}A{self.attenuation:g}"
+            f"-seed{self.seed}"
+        )
 
 
 def file_name(text):
     """text, with _ for all that a file's name may not have on some system."""
     return re.sub("[^A-Za-z0-9._+-]", "_", text)
-
-
-PHOTOGRAPHS = {"unseen": (), "crop_min": 0.2, "gray_prob": 0.1, "batch_size": 128, "epochs": 20}
-RESNET18 = {"temperature": 0.5, "batch_size": 512, "lr": 0.06, "epochs": 100}  # not tuned
 
 
 def preset(dataset, encoder=None):
@@ -707,26 +693,28 @@ def preset(dataset, encoder=None):
     """
     values = {"dataset": dataset, "encoder": encoder or "small"}
     if dataset not in GLYPHS:
-        values |= PHOTOGRAPHS
+        values |= {"unseen": (), "crop_min": 0.2, "gray_prob": 0.1, "batch_size": 128, "epochs": 20}
         values["flip"] = dataset != "svhn"  # a house number reads otherwise in a mirror
         if encoder is None and torch.cuda.is_available():
             values["encoder"] = "resnet18"
-    return values | (RESNET18 if values["encoder"] == "resnet18" else {})
+    if values["encoder"] == "resnet18":  # not tuned
+        values |= {"temperature": 0.5, "batch_size": 512, "lr": 0.06, "epochs": 100}
+    return values
 
 
 def load_data(config):
     """Images to train on, and {name: (train, test)} to probe on, the seen set first."""
     sets = {}
     for name in (config.dataset, *config.unseen):
-        images, labels = load_images(name, "train", config.data_dir, config.max_images)
-        if config.validation:
-            fifth = len(labels) // 5
-            if fifth == 0:
-                raise ValueError(f"{name}: {len(labels)} images have no fifth for validation")
-            sets[name] = (images[fifth:], labels[fifth:]), (images[:fifth], labels[:fifth])
-        else:
+        train = load_images(name, "train", config.data_dir, config.max_images)
+        if not config.validation:
             test = load_images(name, "test", config.data_dir, config.max_images)
-            sets[name] = (images, labels), test
+        elif len(train[1]) < 5:
+            raise ValueError(f"{name}: {len(train[1])} images have no fifth for validation")
+        else:
+            test = [tensor[: len(tensor) // 5] for tensor in train]
+            train = [tensor[len(tensor) // 5 :] for tensor in train]
+        sets[name] = (train, test)
     images, _ = sets[config.dataset][0]
     if config.batch_size > len(images):
         raise ValueError(f"batch_size {config.batch_size} is more than {len(images)} images")
@@ -789,13 +777,11 @@ def load_model(folder):
     return model
 
 
-COLORS = {"log_E": "#D55E00", "log_D": "#0072B2", "log_A": "#009E73"}  # told apart by all eyes
-
-
 def draw_curves(history, title):
     """A Figure of loss, angle and factors over the epochs; history: rows of metrics.csv."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     figure.suptitle(title)
+    colors = {"log_E": "#D55E00", "log_D": "#0072B2", "log_A": "#009E73"}  # told apart by all eyes
     panels = {
         "NT-Xent": ["loss"],
         "angle of positive pairs (degrees)": ["angle"],
@@ -804,7 +790,7 @@ def draw_curves(history, title):
     epochs = [row["epoch"] for row in history]
     for axes, label in zip(figure.subplots(1, 3), panels):
         for name in panels[label]:
-            color = COLORS.get(name, "black")
+            color = colors.get(name, "black")
             axes.plot(epochs, [row[name] for row in history], "o-", color=color, label=name)
         axes.set(xlabel="epoch", ylabel=label)
     axes.legend()  # of the last panel, which has three curves
@@ -828,15 +814,15 @@ def probe(model, train, test):
 MEANS = ["loss", "angle", "E", "D", "A", "log_E", "log_D", "log_A"]  # over epochs, in results.json
 
 
-def write_results(folder, config, history, untrained, trained):
+def write_results(folder, config, history, before, after):
     """curves.png and results.json, of which the content is returned.
 
-    untrained, trained: {name of the data set: what probe gives}, before and after training.
+    before, after training: {name of the data set: what probe gives}.
     """
     probes = []
-    for name, (linear, neighbours) in trained.items():
+    for name, (linear, neighbours) in after.items():
         row = {"dataset": name, "role": "seen" if name == config.dataset else "unseen"}
-        row["random_linear"], row["random_knn"] = untrained.get(name, (None, None))
+        row["random_linear"], row["random_knn"] = before.get(name, (None, None))
         probes.append(row | {"linear": linear, "knn": neighbours})
     results = {
         "config": vars(config),
@@ -941,28 +927,6 @@ def ablation_run(job):
     return row | results["means"]
 
 
-def in_workers(function, jobs, count):
-    """Yield function(job) of each job, by `count` processes. RuntimeError if one dies."""
-    with ProcessPoolExecutor(
-        count,
-        multiprocessing.get_context("spawn"),  # a fork may hang after CUDA or threads
-        # Ctrl-C reaches all processes: the workers ignore it, and this one ends them
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),
-    ) as pool:
-        try:
-            yield from pool.map(function, jobs)
-        except BrokenExecutor:
-            raise RuntimeError(
-                'a worker has ended: a script needs `if __name__ == "__main__":` around ablate, a '
-                "notebook imports this file instead of pasting it; or else memory has run out"
-            )
-        except BaseException:  # Ctrl-C, or a run's error: end this process's children at once
-            for worker in multiprocessing.active_children():
-                worker.terminate()
-            raise
-
-
 def ablate(settings, seeds, config, folder, say=print):
     """Train with all settings, {name: overrides of config}, and seeds; a seed's runs share weights,
     batches and views. Goes on where it stopped.
@@ -971,21 +935,39 @@ def ablate(settings, seeds, config, folder, say=print):
     ValueError if two names make one folder. A script that calls this needs
     `if __name__ == "__main__":`, as each worker imports it.
     """
-    jobs = []
+    jobs = {}
     for seed, name in itertools.product(seeds, settings):
-        run_config = replace(config, **settings[name], seed=seed)
-        jobs.append((name, run_config, Path(folder, file_name(f"{name}-seed{seed}"))))
-    folders = {run_folder for _, _, run_folder in jobs}
-    if len(folders) < len(jobs):
-        raise ValueError(f"two of these would share a folder: {[*settings]}")
+        run_folder = Path(folder, file_name(f"{name}-seed{seed}"))
+        if run_folder in jobs:
+            raise ValueError(f"two of these would share a folder: {[*settings]}")
+        jobs[run_folder] = (name, replace(config, **settings[name], seed=seed), run_folder)
     load_data(config)  # so that the workers do not download side by side
-    finished = sum((run_folder / "results.json").exists() for run_folder in folders)
-    say(f"{len(jobs)} runs in {folder}, {finished} finished")
+    finished = [path for path in jobs if (path / "results.json").exists()]
+    say(f"{len(jobs)} runs in {folder}, {len(finished)} finished")
     rows = []
-    workers = torch.get_num_threads() if config.device == "cpu" else 1
-    for row in in_workers(ablation_run, jobs, workers):
-        rows.append(row)
-        say(f"{len(rows)}/{len(jobs)}  {row['setting']}, seed {row['seed']}")
+    with ProcessPoolExecutor(
+        torch.get_num_threads() if config.device == "cpu" else 1,
+        multiprocessing.get_context("spawn"),  # a fork may hang after CUDA or threads
+        # Ctrl-C reaches all processes: the workers ignore it, and this one ends them
+        initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_IGN),
+    ) as pool:
+        try:
+            # not pool.map: an error in it cancels all that wait, and then the pool's own thread
+            # fails in Python 3.11 where the workers are terminated
+            for future in [pool.submit(ablation_run, job) for job in jobs.values()]:
+                row = future.result()
+                rows.append(row)
+                say(f"{len(rows)}/{len(jobs)}  {row['setting']}, seed {row['seed']}")
+        except BrokenExecutor:
+            raise RuntimeError(
+                'a worker has ended: a script needs `if __name__ == "__main__":` around ablate, a '
+                "notebook imports this file instead of pasting it; or else memory has run out"
+            )
+        except BaseException:  # Ctrl-C, or a run's error: end the workers at once
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
     write_csv(Path(folder, "runs.csv"), rows)
     return rows
 
@@ -997,23 +979,22 @@ def matrix(rows, column):
 
 
 def print_table(rows):
-    """Print ablate's linear probes in percent, with differences to line 1 paired by seed."""
+    """Print ablate's linear probes in percent, with differences to line 1 paired by seed.
+
+    failed: against the mean of line 1. log E, D, A: what the margin does, or would do where off.
+    """
     print("setting          seen    difference  unseen    difference  failed  log E  log D  log A")
     seen = matrix(rows, "seen_linear")
     failed = seen.isnan() | (seen <= seen[:, 0].nanmean() - 10)
     for i, row in enumerate(rows[: seen.shape[1]]):  # the first seed's
         line = f"{row['setting']:15}"
-        for column in ("seen_linear", "unseen_linear"):
-            values = matrix(rows, column)
+        for values in (seen, matrix(rows, "unseen_linear")):
             gain = values[:, i] - values[:, 0]
             error = gain.std() / len(gain) ** 0.5 if len(gain) > 1 else math.nan
             line += f"{values[:, i].mean():6.1f} {gain.mean():+7.1f} +- {error:3.1f}"
-        line += f"{failed[:, i].sum():8}"
-        for column in ("log_E", "log_D", "log_A"):
-            line += f"{matrix(rows, column)[:, i].mean():7.3f}"
-        print(line)
+        logs = [matrix(rows, name)[:, i].mean() for name in ("log_E", "log_D", "log_A")]
+        print(line + "{:8}{:7.3f}{:7.3f}{:7.3f}".format(failed[:, i].sum(), *logs))
     print(f"{len(seen)} seeds, +- standard error; failed: diverged, or 10 points below line 1")
-    print("log E, D, A: what the margin does or, where a factor is off, would do")
 
 
 def draw_ablation(rows):
@@ -1031,8 +1012,12 @@ def draw_ablation(rows):
 
 
 # ---- 10. Command line ----------------------------------------------------------------------------
-def make_parser():
-    """A flag for each line of Config, a --no- flag for each factor, and three more."""
+USER_ERRORS = (ValueError, ArithmeticError, RuntimeError, OSError, ImportError)
+USER_ERRORS += (AssertionError, pickle.PickleError)  # a PyTorch without CUDA, a foreign checkpoint
+
+
+def main(argv=None):
+    """The command line. An error is told by its first line, with exit status 2."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--help] [FLAGS]",
         description=__doc__,
@@ -1042,51 +1027,37 @@ def make_parser():
     )
     kinds = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"action": "append"}}
     for knob in fields(Config):
-        text = f"{knob.metadata['help']} (letters: {knob.default})"
+        flag = "--" + knob.name.replace("_", "-")
         kind = kinds.get(type(knob.default), {"type": type(knob.default)})
-        parser.add_argument("--" + knob.name.replace("_", "-"), help=text, **kind)
-        if knob.name in ("emphasis", "deemphasis", "attenuation"):
-            off = {"dest": knob.name, "action": "store_const", "const": 0.0}
-            parser.add_argument(f"--no-{knob.name}", **off)
+        parser.add_argument(flag, help=f"{knob.metadata['help']} (letters: {knob.default})", **kind)
+    for name in ("emphasis", "deemphasis", "attenuation"):
+        parser.add_argument(f"--no-{name}", dest=name, action="store_const", const=0.0)
     way = parser.add_mutually_exclusive_group()
-    way.add_argument("--ablate", action="store_true", help="all switches, and a weaker pull")
-    way.add_argument("--resume", metavar="FOLDER", help="go on with a stopped run")
-    parser.add_argument("--seeds", type=int, help="seeds of --ablate (3)")
-    return parser
-
-
-# what a user can cause; AssertionError: a PyTorch without CUDA; PickleError: a foreign checkpoint
-USER_ERRORS = (ValueError, ArithmeticError, RuntimeError, OSError, ImportError)
-USER_ERRORS += (AssertionError, pickle.PickleError)
-
-
-def main(argv=None):
-    """The command line. An error is told by its first line, with exit status 2."""
-    parser = make_parser()
-    given = vars(parser.parse_args(argv))
-    ablation = given.pop("ablate", False)
-    folder = given.pop("resume", None)
-    seeds = given.pop("seeds", 3)
+    way.add_argument(
+        "--ablate", action="store_true", default=False, help="all switches, and a weaker pull"
+    )
+    way.add_argument("--resume", metavar="FOLDER", default=None, help="go on with a stopped run")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of --ablate (3)")
+    flags = vars(parser.parse_args(argv))
+    given = {knob.name: flags[knob.name] for knob in fields(Config) if knob.name in flags}
     try:
-        if folder:
-            config = replace(load_checkpoint(folder)["config"], **given)
+        if flags["resume"]:
+            config = replace(load_checkpoint(flags["resume"])["config"], **given)
         else:
             config = Config(**preset(given.get("dataset", "glyphs"), given.get("encoder")) | given)
-        if not ablation:
-            run(config, folder=folder)
-            return
-        folder = Path(config.out, f"ablation-{config.name()}")
-        rows = ablate(ABLATION, range(config.seed, config.seed + seeds), config, folder)
-        draw_ablation(rows).savefig(folder / "figure.png", dpi=150)
-        print_table(rows)
+        if flags["ablate"]:
+            folder = Path(config.out, f"ablation-{config.name()}")
+            seeds = range(config.seed, config.seed + flags["seeds"])
+            rows = ablate(ABLATION, seeds, config, folder)
+            draw_ablation(rows).savefig(folder / "figure.png", dpi=150)
+            print_table(rows)
+        else:
+            run(config, folder=flags["resume"])
     except USER_ERRORS as error:
         line, _, _ = str(error).partition("\n")  # PyTorch's can have many
         parser.exit(2, f"{parser.prog}: {line}\n")
-    except KeyboardInterrupt:
-        # 130: as the shell counts it
-        parser.exit(
-            130, "\nstopped. The same --ablate goes on, a run with --resume and its folder\n"
-        )
+    except KeyboardInterrupt:  # 130: as the shell counts it
+        parser.exit(130, "\nstopped. The same --ablate goes on, a run with --resume FOLDER\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ formula, a slow numpy loop, torchvision's operations, brute force. No network; o
 import contextlib
 import csv
 import functools
-import inspect
 import itertools
 import json
 import math
@@ -17,7 +16,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -100,12 +99,17 @@ def slow_gradients(z1, z2, strengths, temperature, margin, subtractive_margin, p
             weight = anchor * share / wrong / temperature / count
             for a, b in ((i, k), (k, i)):  # d cos(a, b) / d z_a
                 gradient[a] += weight * (y[b] - (y[i] @ y[k]) * y[a]) / length[a]
-    return gradient[: count // 2], gradient[count // 2 :]
+    return np.split(gradient, 2)
 
 
 @pytest.mark.parametrize("strengths", [*SWITCHES, (0.5, 2.0, 3.0), (2.0, 0.5, 0.25)])
 def test_every_combination_of_strengths_is_the_definition(strengths):
-    for margin, m2, tau, s in ((0.3, 0.0, 0.2, 1.0), (1.2, 0.2, 0.1, 1.7), (0.0, 0.4, 0.5, 0.6)):
+    cases = [
+        (0.3, 0.0, 0.2, 1.0),
+        (1.2, 0.2, 0.1, 1.7),
+        (0.0, 0.4, 0.5, 0.6),
+    ]
+    for margin, m2, tau, s in cases:
         z = pairs(6, 5, 0.1, 3.0)
         settings = dict(temperature=tau, margin=margin, subtractive_margin=m2, positive_scale=s)
         expected = slow_gradients(*[x.detach().numpy() for x in z], strengths, **settings)
@@ -130,71 +134,45 @@ def test_all_on_is_the_textbook_margin_loss_and_all_off_and_the_value_nt_xent(ma
             off = gradients(loss, z, **settings, **mc.OFF)
             assert relative_error(off, gradients(nt_xent, z)) < 1e-12
             value = loss(*z, **settings, emphasis=0.3, deemphasis=2, attenuation=0.5)
-            assert value.item() == pytest.approx(nt_xent(*z).item(), rel=1e-12)
-
-
-@pytest.mark.parametrize("margin", [0.0, 0.05, 0.8, 2.0])
-def test_factors_have_their_crossover_and_their_limits(margin):
-    theta = torch.linspace(0.001, 3.14, 2000, dtype=torch.float64)
-    settings = dict(temperature=0.1, margin=margin)
-    E, D, wrong_A = mc.gradient_factors(theta.cos(), 0 * theta + 60, **settings)
-    _, _, right_A = mc.gradient_factors(theta.cos(), 0 * theta - 60, **settings)
-    near = theta < (math.pi - margin) / 2
-    assert (E > 1).equal(near & (margin > 0))
-    assert (D < 1).equal(~near & (margin > 0))
-    assert (D == 0).equal(theta > math.pi - margin)
-    delta = (theta.cos() - (theta + margin).clamp(max=math.pi).cos()) / 0.1
-    assert torch.allclose(right_A, delta, atol=1e-6)
-    assert wrong_A.abs().max() < 1e-9
+            assert value.item() == pytest.approx(nt_xent(*z).item(), rel=1e-10)
 
 
 def test_others_may_come_from_a_queue_which_may_have_no_negative_for_some_anchors():
     """MoCo's InfoNCE with false negatives masked out, a margin in its logit and autograd."""
-    q, k = pairs(12, 8, 0.1, 3.0)
+    q, k = pairs(12, 8, 0.1, 1.9)
     c = F.cosine_similarity(q, k)
     queue = F.normalize(torch.randn(30, 8, dtype=torch.float64))
     masked = torch.rand(12, 30) < 0.3
     masked[::4] = True  # all of them
-    negatives = (F.normalize(q) @ queue.T / 0.1).masked_fill(masked, -torch.inf)
-    others = negatives.logsumexp(1)
+    negatives = (F.normalize(q) @ queue.T).masked_fill(masked, -torch.inf)
+    others = (negatives / 0.2).logsumexp(1)
     for margin in (1.2, 0.0):
-        positive = (c.acos() + margin).clamp(max=math.pi).cos() / 0.1
-        logits = torch.cat([positive[:, None], negatives], 1)
-        expected = F.cross_entropy(logits, torch.zeros(12).long())  # 0 where all are masked
-        loss = mc.margin_loss(c.view(3, 4), others.view(3, 4), temperature=0.1, margin=margin)
+        expected = margin_in_the_logit(c, negatives, margin=margin)  # 0 where all are masked
+        loss = mc.margin_loss(c.view(3, 4), others.view(3, 4), margin=margin)
         two = [torch.autograd.grad(x, (q, k), retain_graph=True) for x in (loss, expected)]
         assert relative_error(*two) < 1e-10
-    for margin, m2, *strengths in itertools.product((0, 1.2), (0, 1000), *3 * [(0, 1, 4)]):
-        settings = dict(zip(FACTORS, strengths)) | dict(margin=margin, subtractive_margin=m2)
-        loss = mc.margin_loss(c, others, temperature=0.1, **settings)
+    for margin, m2, strength in itertools.product((0, 1.2), (0, 1000), (0, 1, 4)):
+        strengths = dict.fromkeys(FACTORS, strength)
+        loss = mc.margin_loss(c, others, margin=margin, subtractive_margin=m2, **strengths)
         assert loss.item() == pytest.approx(expected.item())  # NT-Xent's
         for gradient in torch.autograd.grad(loss, (q, k), retain_graph=True):
             assert gradient.isfinite().all()
             assert (gradient[::4] == 0).all()
 
 
-@pytest.mark.parametrize("values", SWITCHES)
-def test_only_all_on_and_all_off_are_gradients_of_a_loss(values):
-    """By finite differences of the gradient: a potential's Jacobian is symmetric."""
-
-    def field(x):
-        z = [part.clone().requires_grad_() for part in x.view(2, 3, 3)]
-        settings = dict(temperature=0.3, margin=0.8) | dict(zip(FACTORS, values))
-        return torch.cat(gradients(mc.margin_contrastive_loss, z, **settings)).flatten()
-
-    point = torch.cat(pairs(3, 3, 0.3, 2.6)).detach().flatten()
-    steps = 1e-5 * torch.eye(len(point), dtype=point.dtype)
-    jacobian = torch.stack([field(point + step) - field(point - step) for step in steps])
-    asymmetry = float((jacobian - jacobian.T).norm() / jacobian.norm())
-    assert (asymmetry < 1e-6) == (len(set(values)) == 1), asymmetry
-
-
 @pytest.mark.parametrize("tau", [1e-3, 0.2, 1e3])
 def test_degenerate_embeddings_have_finite_gradients_at_any_setting(tau):
     z1 = torch.randn(4, 8)
+    some = torch.tensor([[1], [0], [1], [0]]) * z1
     one = z1[:1].expand(4, -1)
-    cases = [(z1, z1), (z1, -z1), (one, one), (0 * z1, 0 * z1), (z1 / 1e20, 1e15 * z1)]
-    cases.append((torch.tensor([[1], [0], [1], [0]]) * z1, z1))
+    cases = [
+        (z1, z1),
+        (z1, -z1),
+        (one, one),
+        (some, z1),
+        (0 * z1, 0 * z1),
+        (z1 / 1e20, 1e15 * z1),
+    ]
     for case, margin, strength in itertools.product(cases, (0, 0.2, 3.1), (0, 1, 4)):
         z = [x.clone().requires_grad_() for x in case]
         settings = dict.fromkeys(FACTORS, strength) | dict(margin=margin, subtractive_margin=2.0)
@@ -211,8 +189,7 @@ def test_half_precision_embeddings_under_autocast(dtype):
     assert loss.item() == pytest.approx(mc.margin_contrastive_loss(*exact).item(), rel=1e-5)
     reference = gradients(mc.margin_contrastive_loss, exact)
     assert relative_error(torch.autograd.grad(loss, z), reference) < torch.finfo(dtype).eps
-    terms = mc.pair_terms(*exact, temperature=0.2)
-    assert mc.margin_loss(*[x.to(dtype) for x in terms]).dtype == torch.float32
+    assert mc.margin_loss(*torch.zeros(2, 4, dtype=dtype)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", mc.LOSS_SETTINGS)
@@ -228,11 +205,17 @@ def test_a_setting_out_of_range_or_to_be_learned_is_named_with_its_value(name):
             function(**{name: value})
 
 
-def test_unlike_shapes_are_named_instead_of_broadcast():
-    with pytest.raises(ValueError, match=re.escape("(4, 3), (5, 3)")):
-        mc.margin_contrastive_loss(torch.ones(4, 3), torch.ones(5, 3))
-    with pytest.raises(ValueError, match=re.escape("(8,), (8, 1)")):
-        mc.margin_loss(torch.zeros(8), torch.zeros(8, 1))
+@pytest.mark.parametrize("wrong", [(8, 1), (7,)])
+def test_unlike_shapes_are_named_instead_of_broadcast(wrong):
+    y = torch.ones(8)
+    h = torch.ones(8, 3)
+    other = torch.ones(wrong)
+    calls = [(mc.margin_loss, y, other), (mc.margin_contrastive_loss, h, other)]
+    for classify in (mc.linear_probe, mc.knn):  # training labels, test labels
+        calls += [(classify, h, other, h, y), (classify, h, y, h, other)]
+    for function, *tensors in calls:
+        with pytest.raises(ValueError, match=re.escape(str(wrong))):
+            function(*tensors)
 
 
 # ---- 2. Views ------------------------------------------------------------------------------------
@@ -240,19 +223,20 @@ IMAGES = torch.rand(24, 3, 32, 40, generator=torch.Generator().manual_seed(0))
 
 
 def test_crop_and_flip_are_torchvisions():
-    rng = np.random.default_rng(0)
-    height = rng.integers(5, 33, 24)
-    width = rng.integers(5, 41, 24)
-    flip = rng.integers(0, 2, 24) > 0
-    top = rng.integers(0, 33 - height)
-    left = rng.integers(0, 41 - width)
-    box = dict(top=top, left=left, height=height, width=width, flip=flip)
-    box = {name: torch.from_numpy(values).view(24, 1, 1) for name, values in box.items()}
-    result = mc.crop_and_flip(IMAGES, **box)
-    for i in range(24):
-        numbers = [int(x) for x in (top[i], left[i], height[i], width[i])]
-        expected = TF.resized_crop(IMAGES[i], *numbers, [32, 40], antialias=True)
-        expected = TF.hflip(expected) if flip[i] else expected
+    torch.manual_seed(0)
+    height = torch.randint(5, 33, (24,))
+    width = torch.randint(5, 41, (24,))
+    top = (torch.rand(24) * (33 - height)).long()
+    left = (torch.rand(24) * (41 - width)).long()
+    flip = torch.rand(24) < 0.5
+    box = dict(top=top, left=left, height=height, width=width)
+    columns = {name: values.view(24, 1, 1) for name, values in box.items()}
+    result = mc.crop_and_flip(IMAGES, **columns, flip=flip.view(24, 1, 1))
+    for i, image in enumerate(IMAGES):
+        numbers = [int(values[i]) for values in box.values()]
+        expected = TF.resized_crop(image, *numbers, [32, 40], antialias=True)
+        if flip[i]:
+            expected = TF.hflip(expected)
         assert (result[i] - expected).abs().max() < 1e-4
 
 
@@ -309,75 +293,49 @@ def test_augment_draws_for_each_image_as_it_says(monkeypatch):
 
 def test_no_padding_is_asked_for_or_needed(monkeypatch):
     """PyTorch before 2.13 has no border padding on Apple's GPUs."""
-    sample = F.grid_sample
-    grids = []
-
-    def spy(images, grid, **how):
-        grids.append(((grid + 1) * torch.tensor([40, 32]) - 1) / 2)  # in pixels
-        assert how == {"align_corners": False}  # and so the padding that is everywhere, zeros
-        assert images.is_contiguous()
-        return sample(images, grid, **how)
-
-    monkeypatch.setattr(F, "grid_sample", spy)
+    sample = mock.Mock(wraps=F.grid_sample)
+    monkeypatch.setattr(F, "grid_sample", sample)
     images = IMAGES.repeat(20, 1, 1, 1).to(memory_format=torch.channels_last)
     mc.augment(images, crop_min=0.05)
-    assert grids[0].min() > -1e-4
-    assert (grids[0] < torch.tensor([39.0001, 31.0001])).all()
+    images, grid = sample.call_args.args
+    pixel = ((grid + 1) * torch.tensor([40, 32]) - 1) / 2
+    assert pixel.min() > -1e-4
+    assert (pixel < torch.tensor([39.0001, 31.0001])).all()
+    assert sample.call_args.kwargs == {"align_corners": False}
+    assert images.is_contiguous()
 
 
 # ---- 3. Encoder ----------------------------------------------------------------------------------
-@pytest.mark.parametrize("encoder", ["small", "resnet18"])
-def test_behind_each_layer_a_batchnorm_makes_the_scale_of_its_channels_irrelevant(encoder):
-    torch.manual_seed(0)
-    model = mc.Model(encoder).double().train()
-    images = torch.rand(8, 3, 32, 32, dtype=torch.float64)
-    h, z = model(images)
-    assert z.shape == (8, 128)
-    assert h.shape == (8, 512 if encoder == "resnet18" else 192)
-    layers = [x for x in model.modules() if isinstance(x, (torch.nn.Conv2d, torch.nn.Linear))]
-    for layer in layers:
-        before = layer.weight.data.clone()
-        scale = 1 + torch.arange(len(before)) % 5  # each channel's own: no later layer mends it
-        layer.weight.data.mul_(scale.view(-1, *[1] * (before.ndim - 1)))
-        # but for BatchNorm's epsilon, which counts where a channel's variance is small
-        assert (model(images)[1] - z).abs().mean() < 0.02
-        layer.weight.data.copy_(before)
-    assert z.mean(0).abs().max() < 1e-6
+@pytest.mark.parametrize("encoder, features", [("small", 192), ("resnet18", 512)])
+def test_features_have_their_size_and_embeddings_are_standardised(encoder, features):
+    h, z = mc.Model(encoder).train()(IMAGES[:, :, :, :32])
+    assert h.shape == (24, features)
+    assert z.shape == (24, 128)
+    assert z.mean(0).abs().max() < 1e-5
     assert (z.var(0, correction=0) - 1).abs().max() < 0.01
-
-
-def test_resnet18_has_a_stem_for_small_photographs():
-    stem = torch.nn.Sequential(*list(mc.Model("resnet18").encoder.children())[:4])
-    assert stem(torch.rand(2, 3, 32, 32)).shape == (2, 64, 32, 32)
 
 
 # ---- 4. Training ---------------------------------------------------------------------------------
 def test_what_is_measured_is_what_autograd_says():
-    """A is the ratio of d loss / d others with and without the margin, A E D of d loss / d theta."""
+    """A is the ratio of d loss / d others with margin and without, A E D of d loss / d theta."""
     theta = torch.linspace(0.1, 3, 40, dtype=torch.float64).requires_grad_()
     others = torch.linspace(-3, 8, 40, dtype=torch.float64).requires_grad_()
     slopes = []
     for positive in (theta.cos(), (theta + 0.8).clamp(max=math.pi).cos() - 0.1):
-        loss = F.softplus(others - positive / 0.3).sum()
-        slopes.append(torch.autograd.grad(loss, (theta, others)))
+        loss = F.softplus(others - positive / 0.3)
+        slopes.append(torch.autograd.grad(loss.sum(), (theta, others)))
     (pull, push), (pull_with_margin, push_with_margin) = slopes
     A = push_with_margin / push
     g = pull_with_margin / pull / A
-    expected = {
-        "loss": F.softplus(others - theta.cos() / 0.3),
-        "angle": theta.rad2deg(),
-        "E": g.clamp(min=1),
-        "D": g.clamp(max=1),
-        "A": A,
-        "log_E": g.clamp(min=1).log(),
-        "log_D": g.clamp(max=1).log().clamp(min=-5),
-        "log_A": A.log(),
-    }
+    E = torch.where(theta < (math.pi - 0.8) / 2, g, 1)
+    D = torch.where(theta < (math.pi - 0.8) / 2, 1, g)
     config = Config(temperature=0.3, margin=0.8, subtractive_margin=0.1)
     measured = mc.measure(theta.cos(), others, config)
-    assert list(measured) == list(expected)
-    for name, value in measured.items():
-        assert torch.allclose(value, expected[name], atol=1e-8), name
+    loss = F.softplus(others - theta.cos() / 0.3)
+    expected = [loss, theta.rad2deg(), E, D, A, E.log(), D.log().clamp(min=-5), A.log()]
+    assert list(measured) == mc.MEANS
+    for value, reference in zip(measured.values(), expected):
+        assert torch.allclose(value, reference, atol=1e-8)
         assert not value.requires_grad
 
 
@@ -395,30 +353,28 @@ def test_the_optimizer_has_simclrs_momentum_and_weight_decay():
     """Two steps by hand on a constant gradient."""
     model, optimizer = mc.build(TINY)
     optimizer.param_groups[0]["lr"] = 0.1
-    weights = [parameter.detach().clone() for parameter in model.parameters()]
-    velocity = [torch.zeros_like(w) for w in weights]
-    for _ in range(2):
-        for i, parameter in enumerate(model.parameters()):
-            parameter.grad = torch.full_like(parameter, 0.01)
-            velocity[i] = 0.9 * velocity[i] + 0.01 + 5e-4 * weights[i]
-            weights[i] = weights[i] - 0.1 * velocity[i]
-        optimizer.step()
-    for parameter, weight in zip(model.parameters(), weights):
-        assert torch.allclose(parameter, weight, atol=1e-7)
+    for parameter in model.parameters():
+        parameter.data.fill_(1)
+        parameter.grad = torch.full_like(parameter, 0.01)
+    optimizer.step()
+    optimizer.step()
+    first = 0.01 + 5e-4
+    second = 0.9 * first + 0.01 + 5e-4 * (1 - 0.1 * first)
+    expected = torch.tensor(1 - 0.1 * (first + second))
+    assert all(torch.allclose(parameter, expected) for parameter in model.parameters())
 
 
-class Network(torch.nn.Module):
+class Network(torch.nn.Linear):
     """In place of a Model: keeps the views that it is given, and has embeddings that differ."""
 
     def __init__(self):
-        super().__init__()
-        self.linear = torch.nn.Linear(3072, 8)
+        super().__init__(3072, 8)
         self.views = []
 
     def forward(self, views):
         assert self.training
         self.views.append(views.detach())
-        z = self.linear(views.flatten(1) - 0.5)
+        z = super().forward(views.flatten(1) - 0.5)
         self.dtype = z.dtype
         return None, z
 
@@ -481,12 +437,11 @@ def test_bfloat16_is_used_where_a_card_computes_in_it(monkeypatch):
     monkeypatch.setattr(mc, "has_bfloat16", lambda device: True)
     assert train_network(TINY, images).dtype == torch.bfloat16
     monkeypatch.undo()
-    for has in (True, False):
-        supported = mock.Mock(return_value=has)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-        assert mc.has_bfloat16(torch.device("cuda")) == has
-        supported.assert_called_with(including_emulation=False)  # a T4 emulates it
-        assert not mc.has_bfloat16(torch.device("cpu"))
+    supported = mock.Mock()
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert mc.has_bfloat16(torch.device("cuda")) is supported.return_value
+    supported.assert_called_with(including_emulation=False)  # a T4 emulates it
+    assert not mc.has_bfloat16(torch.device("cpu"))
 
 
 def test_a_step_never_reads_a_value_back_from_the_device(monkeypatch):
@@ -513,7 +468,7 @@ def test_the_rate_rises_for_a_tenth_and_falls_as_a_cosine(monkeypatch):
 
 
 # ---- 5. Probes -----------------------------------------------------------------------------------
-def test_probing_leaves_the_encoder_as_it_was():
+def test_probing_leaves_the_encoder_as_it_was_and_tells_of_one_that_diverged():
     model = mc.Model("small").train()
     train = mc.glyphs("AB", 40, 0)
     test = mc.glyphs("AB", 30, 1)
@@ -523,7 +478,9 @@ def test_probing_leaves_the_encoder_as_it_was():
     h, h_test = [model.eval()(images / 255)[0].detach() for images, _ in (train, test)]
     data = (h, train[1], h_test, test[1])
     assert accuracies == pytest.approx((mc.linear_probe(*data), mc.knn(*data)))
-    assert torch.allclose(mc.extract_features(model.train(), test[0]), h_test, atol=1e-6)
+    model.encoder[0].weight.data *= math.nan
+    with pytest.raises(FloatingPointError, match="--lr"):
+        mc.probe(model, train, test)
 
 
 def blobs(count, seed):
@@ -579,16 +536,6 @@ def test_knn_is_brute_force_with_ties_to_the_nearest():
     assert mc.knn(*data) == pytest.approx(100 * np.mean(right))
 
 
-@pytest.mark.parametrize("classify", [mc.linear_probe, mc.knn])
-def test_labels_of_another_shape_are_named_instead_of_broadcast(classify):
-    h, y = blobs(60, 0)
-    for wrong in (y[:, None], y[:50]):
-        says = re.escape(f"labels {tuple(wrong.shape)} are not (N,) for features (60, 10)")
-        for y_train, y_test in ((wrong, y), (y, wrong)):
-            with pytest.raises(ValueError, match=says):
-                classify(h, y_train, h, y_test)
-
-
 # ---- 6. Data -------------------------------------------------------------------------------------
 def test_glyphs_are_deterministic_balanced_and_there_to_see():
     images, labels = mc.glyphs("ABCDE", 50, seed=5)
@@ -637,9 +584,8 @@ def test_all_pictures_in_a_class_folder_are_read_as_rgb_and_resized(tmp_path, mo
     distance = (images[labels == 0].float()[:, None] - torch.stack(expected)).abs().amax((2, 3, 4))
     assert (distance <= 1).sum(0).tolist() == (distance <= 1).sum(1).tolist() == [1] * 4
     _, labels = mc.load_images(name, "train", max_images=4)
-    # at random, not the first
     assert len(labels) == 4
-    assert len(labels.unique()) == 2
+    assert len(labels.unique()) == 2  # at random, not the first
 
 
 def test_a_picture_is_upright_and_what_is_transparent_is_white(tmp_path):
@@ -655,14 +601,10 @@ def test_a_picture_is_upright_and_what_is_transparent_is_white(tmp_path):
     assert picture.getpixel((20, 55)) == (255, 0, 0)
     hidden = Image.new("RGBA", (8, 8), (0, 128, 0, 0))
     hidden.putpixel((3, 3), (10, 20, 30, 255))
-    palette = Image.new("P", (8, 8))
-    palette.putpalette([0, 128, 0, 10, 20, 30])
-    palette.putpixel((3, 3), 1)
-    for image, how in ((hidden, {}), (palette, {"transparency": 0})):
-        image.save(path, **how)
-        picture = mc.read_picture(path)
-        assert picture.getpixel((0, 0)) == (255, 255, 255)
-        assert picture.getpixel((3, 3)) == (10, 20, 30)
+    hidden.save(path)
+    picture = mc.read_picture(path)
+    assert picture.getpixel((0, 0)) == (255, 255, 255)
+    assert picture.getpixel((3, 3)) == (10, 20, 30)
 
 
 def test_a_picture_that_cannot_be_read_is_named_with_the_reason(tmp_path):
@@ -679,32 +621,30 @@ def test_a_picture_that_cannot_be_read_is_named_with_the_reason(tmp_path):
 
 
 @pytest.mark.parametrize("name", mc.TORCHVISION)
-def test_torchvision_sets_are_asked_for_both_splits(monkeypatch, capsys, name):
+def test_torchvision_sets_are_asked_for_both_splits(monkeypatch, name):
     theirs = getattr(datasets, mc.TORCHVISION[name])
-    named = "split" in inspect.signature(theirs).parameters
-    splits = (
-        [{"split": "train"}, {"split": "test"}] if named else [{"train": True}, {"train": False}]
-    )
     pictures = [(Image.new("L", (28, 28), 10 * i), i) for i in range(20)]
     stub = mock.create_autospec(theirs, return_value=pictures)
     monkeypatch.setattr(datasets, mc.TORCHVISION[name], stub)
     images, sets = mc.load_data(Config(dataset=name, data_dir=name, batch_size=20))
+    splits = [{"train": True}, {"train": False}]
+    if name in ("stl10", "svhn"):
+        splits = [{"split": "train"}, {"split": "test"}]
     assert stub.call_args_list == [mock.call(name, download=True, **split) for split in splits]
     assert (images == 10 * sets[name][0][1][:, None, None, None]).all()
     assert images.shape[1] == 3
-    for trouble in (ModuleNotFoundError("No module named 'scipy'"), RuntimeError("no net\n!")):
-        stub.side_effect = trouble
-        status, _, error = main(capsys, "--dataset", name)
-        assert status == 2
-        assert error.count("\n") == 1
-        assert str(trouble).split("\n")[0] in error
-    assert f"{name} could not be downloaded into data" in error
 
 
 # ---- 7. Settings ---------------------------------------------------------------------------------
 def test_settings_are_kept_as_plain_values_that_can_be_stored(tmp_path):
-    odd = dict(batch_size=np.int64(64), margin=np.float32(0.2), flip=np.False_, unseen=["digits"])
-    config = Config(**odd, device=torch.device("cpu"), out=Path("x"))
+    config = Config(
+        batch_size=np.int64(64),
+        margin=np.float32(0.2),
+        flip=np.False_,
+        device=torch.device("cpu"),
+        out=Path("x"),
+        unseen=["digits"],
+    )
     values = vars(config)
     assert {type(value) for value in values.values()} == {str, tuple, int, float, bool}
     assert Config(**json.loads(json.dumps(values))) == config == replace(config, unseen="digits")
@@ -717,7 +657,7 @@ def test_a_value_of_another_type_or_a_data_set_that_stands_twice_is_told():
         with pytest.raises(ValueError, match=f"{name} .*{value!r}"):
             Config(**{name: value})
     for unseen in (("digits", "digits"), ["glyphs"]):
-        with pytest.raises(ValueError, match=f"twice: glyphs, .*{unseen[0]}"):
+        with pytest.raises(ValueError, match=f"twice: .*{unseen[0]}"):
             Config(unseen=unseen)
 
 
@@ -725,11 +665,8 @@ def test_presets_follow_the_data_and_the_encoder():
     assert Config(**mc.preset("glyphs")) == Config()
     assert Config(**mc.preset("cifar10") | {"epochs": 5}).epochs == 5
     assert not mc.preset("svhn")["flip"]
-    photographs = dict(unseen=(), crop_min=0.2, flip=True, gray_prob=0.1)
-    small = dict(dataset="folder:x", encoder="small", batch_size=128, epochs=20)
-    assert mc.preset("folder:x", "small") == photographs | small
-    large = dict(dataset="cifar10", encoder="resnet18", batch_size=512, epochs=100)
-    assert mc.preset("cifar10", "resnet18") == photographs | large | dict(temperature=0.5, lr=0.06)
+    assert mc.preset("cifar10", "small")["flip"]
+    assert mc.preset("cifar10", "resnet18")["batch_size"] == 512
 
 
 @pytest.mark.parametrize("validation", [False, True])
@@ -738,9 +675,7 @@ def test_test_images_are_no_training_images_and_for_validation_unread(monkeypatc
     read = []
     monkeypatch.setattr(mc, "glyphs", lambda *x: read.append(x[1:]) or draw(*x))
     mc.load_images.cache_clear()
-    images, sets = mc.load_data(Config(validation=validation))
-    assert list(sets) == ["glyphs", "digits"]
-    assert torch.equal(images, sets["glyphs"][0][0])
+    _, sets = mc.load_data(Config(validation=validation))
     assert ((2000, 1) in read, (2000, 3) in read) == (not validation, not validation)
     for name, (train, test) in sets.items():
         every = mc.load_images(name, "train")
@@ -763,12 +698,11 @@ def read_csv(path):
 
 def outcome(folder):
     """What a run ends with, interrupted or not: weights, metrics but for the times, accuracies."""
-    weights = torch.load(Path(folder, "checkpoint.pt"), weights_only=True)["model"]
-    rows = read_csv(Path(folder, "metrics.csv"))
-    for row in rows:
-        del row["images_per_second"]
+    state = mc.load_checkpoint(folder)
+    weights = {name: x.tolist() for name, x in state["model"].items()}
+    rows = [row | {"images_per_second": 0} for row in state["history"]]
     probes = json.loads(Path(folder, "results.json").read_text())["probes"]
-    return {name: x.tolist() for name, x in weights.items()}, rows, probes
+    return weights, rows, probes
 
 
 def test_a_run_leaves_what_the_readme_promises(finished):
@@ -777,7 +711,6 @@ def test_a_run_leaves_what_the_readme_promises(finished):
     assert sorted(file.name for file in folder.iterdir()) == names
     rows = read_csv(folder / "metrics.csv")
     results = json.loads((folder / "results.json").read_text())
-    assert results["config"]["batch_size"] == 40
     assert [row["epoch"] for row in rows] == [*"123"]
     assert results["means"]["A"] == pytest.approx(np.mean([float(row["A"]) for row in rows]))
     assert np.asarray(Image.open(folder / "curves.png")).std() > 1
@@ -787,24 +720,20 @@ def test_a_run_leaves_what_the_readme_promises(finished):
     assert not trained.training
     _, sets = mc.load_data(TINY)
     for row, role, name in zip(results["probes"], ("seen", "unseen"), sets):
-        assert row["dataset"] == name
-        assert row["role"] == role
+        assert (row["dataset"], row["role"]) == (name, role)
         for model, before in ((untrained, "random_"), (trained, "")):
             # as in the run: another memory format rounds otherwise, enough for a close decision
             expected = mc.probe(model.to(memory_format=torch.channels_last), *sets[name])
             assert (row[before + "linear"], row[before + "knn"]) == pytest.approx(expected)
 
 
-def test_the_curves_show_the_history():
-    names = ("loss", "angle", "log_E", "log_D", "log_A")
-    history = [{name: 10 * i + epoch for i, name in enumerate(names)} for epoch in (1, 2, 4)]
-    history = [row | {"epoch": row["loss"]} for row in history]
+def test_the_curves_show_the_history(finished):
+    history = mc.load_checkpoint(finished["folder"])["history"]
     panels = mc.draw_curves(history, "title").axes
-    lines = [line for axes in panels for line in axes.get_lines()]
-    assert [line.get_label() for line in lines] == list(names)
-    for i, line in enumerate(lines):
-        assert list(line.get_xdata()) == [1, 2, 4]
-        assert list(line.get_ydata()) == [10 * i + 1, 10 * i + 2, 10 * i + 4]
+    lines = {line.get_label(): line for axes in panels for line in axes.get_lines()}
+    assert list(lines) == ["loss", "angle", "log_E", "log_D", "log_A"]
+    for name, line in lines.items():
+        assert line.get_xydata().tolist() == [[row["epoch"], row[name]] for row in history]
 
 
 def test_runs_that_start_together_have_a_folder_each_with_a_name_for_every_system(tmp_path):
@@ -816,21 +745,15 @@ def test_runs_that_start_together_have_a_folder_each_with_a_name_for_every_syste
         assert re.fullmatch("[A-Za-z0-9._+-]{1,120}", folder.name)
 
 
-@pytest.mark.parametrize("trouble", ["diverged", "disk full"])
-def test_a_checkpoint_is_replaced_whole_and_finite_or_not_at_all(
-    tmp_path, monkeypatch, finished, trouble
-):
+def test_a_full_disk_leaves_the_checkpoint_and_the_run_goes_on(tmp_path, monkeypatch, finished):
     def full(state, path):
         Path(path).write_bytes(b"half")
         raise RuntimeError("file write failed")  # as PyTorch has it
 
     def begin(row, model):  # after the first epoch
-        if trouble == "diverged":
-            model.projector[0].weight.data *= math.nan
-        else:
-            monkeypatch.setattr(torch, "save", full)
+        monkeypatch.setattr(torch, "save", full)
 
-    with pytest.raises((FloatingPointError, RuntimeError), match="lower --lr|write failed"):
+    with pytest.raises(RuntimeError, match="file write failed"):
         mc.run(TINY, begin, folder=tmp_path, verbose=False)
     monkeypatch.undo()
     assert len(mc.load_checkpoint(tmp_path)["history"]) == 1
@@ -844,9 +767,9 @@ def test_a_checkpoint_from_elsewhere_is_refused_in_a_line_and_executes_nothing(t
             return Path.touch, (tmp_path / "executed",)
 
     torch.save({"config": Malicious()}, tmp_path / "checkpoint.pt")
-    status, _, error = main(capsys, "--resume", tmp_path)
-    assert status == 2
-    assert error.count("\n") == 1
+    with pytest.raises(SystemExit, match="^2$"):
+        mc.main(["--resume", str(tmp_path)])
+    assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "executed").exists()
 
 
@@ -858,16 +781,8 @@ def test_a_folder_belongs_to_one_run(finished, capsys, tmp_path):
     moved = shutil.copytree(finished["folder"], tmp_path / "moved")
     elsewhere = replace(config, out="elsewhere", data_dir="there", device="cuda")
     results = mc.run(elsewhere, folder=moved)
-    assert results == finished | {"folder": str(moved)}
+    assert results == json.loads(json.dumps(finished)) | {"folder": str(moved)}
     assert "has finished" in capsys.readouterr().out
-
-
-def test_features_that_are_not_finite_are_told():
-    model = mc.Model("small")
-    model.encoder[0].weight.data *= math.nan
-    data = mc.glyphs("AB", 20, 0)
-    with pytest.raises(FloatingPointError, match="--lr"):
-        mc.probe(model, data, data)
 
 
 # ---- 9. Ablation ---------------------------------------------------------------------------------
@@ -880,14 +795,10 @@ def test_an_ablation_is_paired_and_goes_on_where_it_stopped(tmp_path):
     assert losses[0, 0] == losses[0, 2] != losses[1, 0] == losses[1, 2]
     assert all(math.isnan(value) for value in list(rows[1].values())[2:])  # it diverged
     assert [row["loss"] for row in read_csv(tmp_path / "runs.csv")] == [*map(str, losses.flat)]
-    times = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/results.json")}
-    removed = next(iter(times))
-    removed.unlink()
+    next(tmp_path.glob("*/results.json")).unlink()
     again = mc.ablate(settings, [3, 4], still, tmp_path, say=lines.append)
     assert str(again) == str(rows)
-    assert "6 runs" in lines[-7]
-    assert "3 finished" in lines[-7]
-    assert [file for file in times if file.stat().st_mtime_ns != times[file]] == [removed]
+    assert re.fullmatch("6 runs.*3 finished", lines[-7])
 
 
 def test_settings_that_would_share_a_folder_are_refused_before_anything_runs(tmp_path):
@@ -912,10 +823,11 @@ def table_rows():
     return rows, values
 
 
-def test_the_table_shows_means_and_differences_paired_by_seed(capsys):
+def test_table_and_figure_show_differences_paired_by_seed(capsys):
     rows, values = table_rows()
     mc.print_table(rows)
     out, _ = capsys.readouterr()
+    panels = mc.draw_ablation(rows).axes
     for i, setting in enumerate("xyz"):
         mean = values[:, i].mean(0)
         gain = values[:, i] - values[:, 0]
@@ -926,33 +838,20 @@ def test_the_table_shows_means_and_differences_paired_by_seed(capsys):
         (line,) = re.findall(f"^{setting} .*", out, re.M)
         printed = [float(x) for x in re.findall(r"[+-]?\d+\.?\d*|nan", line)]
         assert printed == pytest.approx(expected, abs=0.051, nan_ok=True)
-
-
-def test_the_figure_shows_each_seed_and_the_mean():
-    rows, values = table_rows()
-    for panel, axes in enumerate(mc.draw_ablation(rows).axes):
-        dots_and_bars = axes.get_lines()[:6]
-        for i, setting in enumerate("xyz"):
-            gain = values[:, i, panel] - values[:, 0, panel]
-            dots, bar = dots_and_bars[2 * i : 2 * i + 2]
-            assert np.allclose(dots.get_xdata(), gain, atol=1e-4, equal_nan=True)
-            assert np.allclose(bar.get_xdata(), gain.mean(), atol=1e-4, equal_nan=True)
+        for axes, gains in zip(panels, gain.T):
+            dots, bar = axes.get_lines()[2 * i : 2 * i + 2]
+            assert dots.get_xdata() == pytest.approx(gains, abs=1e-4, nan_ok=True)
+            assert bar.get_xdata() == pytest.approx(gains.mean(), abs=1e-4, nan_ok=True)
             assert {*dots.get_ydata(), *bar.get_ydata()} == {setting}
-        assert axes.get_xlabel().startswith("linear probe, " + ("seen", "unseen")[panel])
-        assert axes.yaxis.get_inverted()
 
 
-@pytest.mark.parametrize("place", ["script", "cell"])
-def test_ablate_without_its_guard_ends_at_once_with_advice(tmp_path, place):
+def test_ablate_without_its_guard_ends_at_once_with_advice(tmp_path):
     call = "ablate({'E': OFF}, [0, 1], Config(epochs=1, device='cpu'), 'out')\n"
     (tmp_path / "script.py").write_text("from margin_contrastive import *\n" + call)
-    # without its last lines, in a process whose __main__ has no file
-    (tmp_path / "cell.py").write_text(PROGRAM.read_text().rsplit("if __name__", 1)[0] + call)
-    pasted = ["-c", "exec(open('cell.py').read(), globals())"]
-    command = [sys.executable, *(pasted if place == "cell" else ["script.py"])]
     environment = os.environ | {"PYTHONPATH": str(PROGRAM.parent)}
+    command = [sys.executable, "script.py"]
     process = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
     )
     last = process.stderr.strip().splitlines()[-1]
     assert process.returncode == 1
@@ -961,23 +860,7 @@ def test_ablate_without_its_guard_ends_at_once_with_advice(tmp_path, place):
 
 
 # ---- 10. Command line ----------------------------------------------------------------------------
-def main(capsys, *flags):
-    """(exit status, standard output, standard error) of the command line, in this process."""
-    status = 0
-    try:
-        mc.main([str(flag) for flag in flags])
-    except SystemExit as stop:
-        status = stop.code
-    return (status, *capsys.readouterr())
-
-
-def test_help_has_every_flag_with_its_help(capsys):
-    status, out, _ = main(capsys, "--help")
-    text = " ".join(out.split())
-    assert status == 0
-    for setting in fields(Config):
-        assert re.search(f" --{setting.name.replace('_', '-')}[ ,]", text)
-        assert setting.metadata["help"] in text
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="it is there")
 
 
 @pytest.mark.parametrize(
@@ -985,12 +868,10 @@ def test_help_has_every_flag_with_its_help(capsys):
     [
         ("--margin 4", "margin must be .* 3.14, not 4.0"),
         ("--encoder vgg", "vgg"),
-        ("--dataset mnist", "mnist"),
-        ("--unseen moon", "moon"),
+        ("--unseen mnist", "mnist"),
         ("--max-images 20", "batch_size 64"),
         ("--max-images 4 --batch-size 2 --validation", "glyphs: 4 images"),
-        ("--lr fast", "fast"),
-        ("--lr 1e38", "lower --lr"),
+        ("--lr 1e38 --max-images 640", "lower --lr"),
         ("--device gpu", "gpu"),
         pytest.param("--device cuda", "CUDA|NVIDIA", marks=no_gpu),
         ("--out file", "file"),
@@ -998,6 +879,7 @@ def test_help_has_every_flag_with_its_help(capsys):
         ("--dataset folder:absent", "absent"),
         ("--dataset folder:flat", "class folder in flat.train"),
         ("--dataset folder:empty", "no valid file for the classes b"),
+        ("--dataset folder:broken", "0.png cannot be read"),
         ("--dataset folder:odd", r"odd: .* \['B', 'b'\]"),
         ("--marign 0.2", "--marign"),
         ("--resume absent", "absent.*checkpoint.pt"),
@@ -1005,34 +887,34 @@ def test_help_has_every_flag_with_its_help(capsys):
         ("--resume absent --ablate", "not allowed"),
     ],
 )
-def test_invalid_input_exits_with_2_and_says_what_to_mend(
-    capsys, tmp_path, monkeypatch, flags, says
-):
+def test_invalid_input_is_told_with_exit_status_2(capsys, tmp_path, monkeypatch, flags, says):
     monkeypatch.setattr("urllib.request.urlopen", mock.Mock(side_effect=OSError("unreachable")))
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    for name, classes in (("flat", [""]), ("empty", "ab"), ("odd", "ab")):
+    for name, classes in (("flat", [""]), ("empty", "ab"), ("broken", "ab"), ("odd", "ab")):
         write_folder(Path(name), classes, count=1)
     Path("empty/test/b/0.png").unlink()
+    Path("broken/train/b/0.png").write_text("no picture")
     Path("odd/test/b").rename("odd/test/B")
-    status, out, error = main(capsys, *flags.split())
+    with pytest.raises(SystemExit, match="^2$"):
+        mc.main(flags.split())
+    out, error = capsys.readouterr()
     *usage, message = error.splitlines()
-    assert status == 2
     assert re.search(says, message)
     assert "epoch" not in out
     assert all(line.startswith("usage: ") for line in usage)
     assert len(usage) < 2
-    assert Path("runs").exists() == (flags == "--lr 1e38")  # which one sees only as it runs
+    assert Path("runs").exists() == ("--lr 1e38" in flags)  # of which only the run shows it
+    assert not list(Path().glob("**/checkpoint.pt"))
 
 
 FLAGS = "--device cpu --max-images 80 --epochs 1 --batch-size 40".split()
 
 
 def test_what_a_run_prints_is_what_it_wrote(capsys, tmp_path):
-    status, out, _ = main(capsys, *FLAGS, "--out", tmp_path)
+    mc.main([*FLAGS, "--out", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
     (folder,) = tmp_path.iterdir()
-    lines = out.splitlines()
-    assert status == 0
     assert lines[0] == f"{folder}: 80 images of 26 classes, small encoder, cpu"
     results = json.loads((folder / "results.json").read_text())
     for line, row in zip(lines[-2:], results["probes"]):
@@ -1051,7 +933,7 @@ def start(folder, *flags):
     if os.name != "nt":
         listen = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
         how |= dict(start_new_session=True, preexec_fn=listen)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
     return subprocess.Popen([sys.executable, PROGRAM, *flags], env=environment, **how)
 
 
@@ -1088,25 +970,18 @@ def test_a_signal_ends_an_ablation_and_its_workers_at_once(tmp_path, sent):
     assert re.fullmatch("\nstopped.*same --ablate goes on.*\n", error)
 
 
-def test_ablate_from_the_command_line(tmp_path):
-    process = start(tmp_path, *FLAGS, "--ablate", "--seeds", "2", "--seed", "5")
+def test_ablate_into_a_folder_that_the_console_cannot_show(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
+    process = start(tmp_path, *FLAGS, "--ablate", "--seeds", "2", "--seed", "5", "--out", "写真")
     out, error = process.communicate()
     assert process.returncode == 0 and error == "", error
-    (folder,) = (tmp_path / "runs").iterdir()
+    assert r"18 runs in \u5199\u771f" in out
+    (folder,) = (tmp_path / "写真").iterdir()
     rows = read_csv(folder / "runs.csv")
     assert [row["seed"] for row in rows] == ["5"] * 9 + ["6"] * 9
     assert [row["setting"] for row in rows] == 2 * [*mc.SWITCHES, "pull x 0.5"]
     assert all(f"\n{row['setting']} " in out for row in rows)
     assert np.asarray(Image.open(folder / "figure.png")).std() > 1
-
-
-def test_a_run_whose_folder_the_console_cannot_show_ends_well(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
-    process = start(tmp_path, *FLAGS, "--out", "写真")
-    out, error = process.communicate()
-    assert process.returncode == 0, error
-    assert out.startswith(r"\u5199\u771f")
-    assert len(list(tmp_path.glob("写真/*/results.json"))) == 1
 
 
 # ---- Notebook and README -------------------------------------------------------------------------
