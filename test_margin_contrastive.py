@@ -2,7 +2,6 @@
 formula, a slow numpy loop, torchvision's operations, brute force. No network; one test for a GPU.
 """
 
-import contextlib
 import csv
 import functools
 import itertools
@@ -446,7 +445,7 @@ def test_bfloat16_is_used_where_a_card_computes_in_it(monkeypatch):
 
 def test_a_step_never_reads_a_value_back_from_the_device(monkeypatch):
     """On the meta device, where to read a value raises, and so does a tensor left on the CPU."""
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "autocast", mock.MagicMock())  # which knows no meta device
     model, optimizer = mc.build(replace(TINY, device="meta"))
     images = torch.empty(8, 3, 32, 32, dtype=torch.uint8, device="meta")
     measured = mc.train_step(model, optimizer, images, TINY)
@@ -510,7 +509,7 @@ def test_the_linear_probe_is_at_the_optimum_and_its_biases_are_free():
 
 @pytest.mark.parametrize("classify", [mc.linear_probe, mc.knn])
 def test_no_probe_learns_from_the_test_images(classify):
-    h, y = blobs(60, 0)
+    h, y = blobs(400, 0)
     h_test, y_test = blobs(100, 1)
     h_test[0] *= 1e4  # would spoil any statistics that it entered
     first = classify(h, y, h_test[:1], y_test[:1])
