@@ -220,9 +220,9 @@ def jitter_colors(images, *, brightness, contrast, saturation, hue, to_grey):
     """
     identity = torch.eye(3, device=images.device)
     # Rodrigues' rotation about the grey axis k = (1, 1, 1) / 3**0.5: cos I + sin K + (1 - cos) k k'
+    # where K v is the cross product k x v
     angle = 2 * math.pi * hue
-    rows = [[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]
-    K = torch.tensor(rows, device=images.device) / 3**0.5  # K v is k x v
+    K = torch.tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=images.device) / 3**0.5
     hue_rotation = angle.cos() * identity + angle.sin() * K + (1 - angle.cos()) / 3
 
     # a pixel (red, green, blue) becomes colors @ pixel + offset; colors: (N, 3, 3). Its rows make
@@ -242,9 +242,9 @@ def augment(images, *, crop_min=0.2, color_strength=0.5, gray_prob=0.1, flip=Tru
     """A random view of each image, as in SimCLR; the whole batch at once, on its device.
 
     images: (N, 3, H, W) float in [0, 1]. A crop has crop_min to 1 of the area and an aspect ratio
-    of 3/4 to 4/3, before a side that is longer than the image's is cut to it; half of the views
-    are mirrored if flip, 80% change colour, and a share of gray_prob turns grey. The defaults suit
-    small photographs.
+    of 3/4 to 4/3, before a side longer than the image's is cut (torchvision draws again); half of
+    the views are mirrored if flip, 80% change colour, and a share of gray_prob turns grey. The
+    defaults suit small photographs.
     """
     n, _, height, width = images.shape
 
@@ -253,7 +253,6 @@ def augment(images, *, crop_min=0.2, color_strength=0.5, gray_prob=0.1, flip=Tru
 
     area = height * width * uniform(crop_min, 1)
     aspect = uniform(math.log(3 / 4), math.log(4 / 3)).exp()
-    # torchvision draws again instead of cutting
     crop_height = (area / aspect).sqrt().clamp(max=height)
     crop_width = (area * aspect).sqrt().clamp(max=width)
     views = crop_and_flip(
