@@ -831,7 +831,9 @@ def write_results(folder, config, history, before, after):
         "versions": {"torch": torch.__version__, "matplotlib": matplotlib.__version__},
     }
     draw_curves(history, folder.name).savefig(folder / "curves.png", dpi=150)
-    (folder / "results.json").write_text(json.dumps(results, indent=2))
+    # renamed when it is whole, as a run has finished where it is
+    (folder / "partial.json").write_text(json.dumps(results, indent=2))
+    (folder / "partial.json").replace(folder / "results.json")
     return results
 
 
