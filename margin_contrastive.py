@@ -783,7 +783,7 @@ def draw_curves(history, title):
     colors = {"log_E": "#D55E00", "log_D": "#0072B2", "log_A": "#009E73"}  # told apart by all eyes
     panels = {
         "NT-Xent": ["loss"],
-        "angle of positive pairs (degrees)": ["angle"],
+        "angle of pairs (degrees)": ["angle"],
         "mean of the log factor": ["log_E", "log_D", "log_A"],
     }
     epochs = [row["epoch"] for row in history]

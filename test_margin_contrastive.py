@@ -1002,12 +1002,26 @@ def test_the_stored_notebook_is_one_clean_run():
 
 
 def test_the_readme_has_the_notebooks_table_and_its_links_lead_somewhere():
-    rows = re.findall(r"^\| (?:letters|photographs), .*", README, re.M)
+    rows = re.findall(r"^\|.*±.*", README, re.M)
     links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    assert len(rows) == 4
+    assert len(rows) == 5
     assert all(row in TEXT for row in rows)
     assert ".png" in str(links)
     assert all((PROGRAM.parent / link).exists() for link in links)
+
+
+@pytest.mark.parametrize("appendix", ["known-losses", "moco-clip"])
+def test_an_appendix_needs_the_first_cell_alone(appendix, capsys):
+    """Its checks assert themselves."""
+    (cell,) = [cell for cell in CODE if cell["id"] == appendix]
+    names = {}
+    with mc.matplotlib.rc_context():
+        exec("".join(CODE[0]["source"]), names)
+        exec("".join(cell["source"]), names)
+    (stored,) = cell["outputs"]
+    claims = re.findall("(.*):  largest error", capsys.readouterr().out)
+    assert claims == re.findall("(.*):  largest error", "".join(stored["text"]))
+    assert claims
 
 
 def margin_in_the_logit(positive, negatives, temperature=0.2, margin=0.2):
