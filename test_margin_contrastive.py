@@ -1004,7 +1004,7 @@ def test_the_stored_notebook_is_one_clean_run():
 def test_the_readme_has_the_notebooks_table_and_its_links_lead_somewhere():
     rows = re.findall(r"^\|.*±.*", README, re.M)
     links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    assert len(rows) == 5
+    assert len(rows) == 4
     assert all(row in TEXT for row in rows)
     assert ".png" in str(links)
     assert all((PROGRAM.parent / link).exists() for link in links)
